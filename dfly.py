@@ -1,0 +1,5419 @@
+#!/usr/bin/env python3
+"""dfly: one big file, or one container image, onto a thousand hosts in the time it takes to get it onto one.
+
+A drop-in for Alibaba's Dragonfly 0.2 - 1.0, on the wire and on the command line, in one file that needs
+nothing but a Python 3.6 or later: copy it to a host and run it.
+
+    dfly.py supernode      tracker, scheduler and passive CDN                 ports 8002 (API) and 8001 (pieces)
+    dfly.py get -u URL     the wget-like client
+    dfly.py peer           the host's uploader; `get` starts it by itself     ports 15000 - 65000
+    dfly.py demo           an origin, a supernode and four peers on loopback, to see it work
+    (a link named dfget or supernode makes the file act as that program)
+
+The map:
+     1. Wire words      codes, header names, defaults, the error tree
+     2. Units and files sizes, rates, durations; atomic writes, locks, log lines
+     3. Settings        /etc/dragonfly.conf under the flags; the list of supernodes
+     4. Pieces          layout arithmetic, the 4+1 byte wrapper, digests
+     5. Rate limits     token buckets
+     6. HTTP            an event-driven server that parks what waits, and a kept-alive client
+     7. Store           a task's bytes on disk and the journal that says which of them are true
+     8. Origin          everything that is asked of the source station
+     9. Scheduler       who fetches which piece from whom; pure
+    10. CDN             from origin to seed pieces: one fetch a task
+    11. Supernode       tasks and peers over scheduler and CDN; the API, old and native
+    12. Uploader        a host's piece server
+    13. Downloader      get: from supernode, from peers, back to source
+    16. Command line    flags, the programs, main
+
+One piece's way: the supernode reads it from the origin once (10), writes it at its offset, knows its digest and
+announces it (9).  The scheduler gives it to a peer that lacks it, from the nearest holder with a free upload slot;
+the order travels in the answer of a parked /peer/sync (11).  A fetcher thread of `get` (13) asks the holder for it on a
+kept-alive connection (6); the holder's event loop sends head, file bytes by sendfile and tail (4, 12).  The
+fetcher reads it into one reused buffer, digests it while it is in cache, writes it once at its final offset,
+journals it (7) and reports it in the one request that also asks for more work.  From then on it is served on
+from the same file, which becomes the output by a rename when every piece has been read back and found true.
+
+Sections use only what stands above them.  "Wire: N.N" names the section of the Dragonfly protocol description
+that a piece of code implements.
+"""
+import collections
+import errno
+import fcntl
+import hashlib
+import heapq
+import json
+import os
+import queue
+import random
+import re
+import selectors
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import zlib
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
+
+VERSION = "0.1.0"
+
+
+# ==============================================================================
+# 1. Wire words
+#    What both ends of a connection must spell alike: codes, states, header names,
+#    ports, and the errors with the code and the exit status each one becomes.
+#    No logic.
+# ==============================================================================
+
+#: Secret both generations mix into a task id.  Wire: 2.1
+TASK_KEY = bytes.fromhex("3e492470672d7e41537e7350277271755f604f68266c7a23395d223d3b6e4525")
+
+SUPERNODE_PORT = 8002
+PIECE_PORT = 8001
+#: A peer's port is 15000 plus a number that changes every five minutes.  Wire: 7.1
+PEER_PORTS = (15000, 65000)
+
+# Codes inside an answer's JSON.  Wire: 1.4
+SUCCESS, NOT_FOUND, SYSTEM_ERROR, PARAM_ERROR, UNKNOWN_TARGET = 200, 404, 500, 501, 502
+FINISH, CONTINUE, WAIT, LIMITED, SUPER_FAIL, UNKNOWN_STATE = 600, 601, 602, 603, 604, 605
+URL_UNREACHABLE, NEED_AUTH, WAIT_AUTH, SOURCE_ERROR = 607, 608, 609, 610
+PIECE_REPORTED, SERVICE_DOWN = 611, 612
+
+# `status` and `result` of a pull.  Wire: 3.1
+STARTED, RUNNING, FINISHED = 700, 701, 702
+FAILED, SUCCEEDED, INVALID, SEMI_SUCCEEDED = 500, 501, 502, 503
+
+# Why a download left the swarm.  Wire: 8.4
+REASON_NONE, REASON_REGISTER, REASON_MD5, REASON_DOWNLOAD, REASON_NO_SPACE = 0, 1, 2, 3, 4
+REASON_INIT, REASON_WRITE, REASON_HOST, REASON_NO_NODE = 5, 6, 7, 8
+REASON_SOURCE, REASON_USER = 10, 100
+REASON_NO_SOURCE = 1000  # added when the origin was not allowed
+
+#: The header by which our programs know each other; an old party ignores it, and without it we say nothing new.
+#: Requests carry "1 <site/rack>", a supernode's piece answers carry "sha256:<hex>" of the plain piece.
+DFLY_HEADER = "x-dfly"
+
+#: Largest body that is read at all, in bytes: a sync with 700 reports is 40 KB, a register with CAs 200 KB.
+MAX_BODY = 1 << 20
+#: Largest request or answer head, in bytes (nginx allows 32 KB in all).
+MAX_HEAD = 32 << 10
+
+
+class DflyError(Exception):
+    """Something went wrong that has a name.  `code` is what it becomes on the wire, `exit` the status of
+    `dfly.py get`, `old_exit` that of `dfget` (Wire: 8.5), `reason` the number in dfget's last line."""
+
+    code = SYSTEM_ERROR
+    http = 500
+    exit = 1
+    old_exit = 80
+    reason = REASON_DOWNLOAD
+
+
+class BadUsage(DflyError):
+    """The command line or the configuration can't be understood."""
+    exit, old_exit, reason = 2, 1, REASON_INIT
+
+
+class BadRequest(DflyError):
+    """A peer sent something that can't be understood."""
+    code, http = PARAM_ERROR, 400
+
+
+class NoSuchTask(DflyError):
+    """The supernode does not (or no longer) know this task or client."""
+    code, http = UNKNOWN_TARGET, 404
+
+
+class NoSuchPiece(DflyError):
+    """The file ends before this piece, or the piece is not here yet."""
+    code, http = PARAM_ERROR, 416
+
+
+class CannotWrite(DflyError):
+    """The output, the work folder or the cache can't be written."""
+    exit, old_exit, reason = 3, 77, REASON_WRITE
+
+
+class NetworkError(DflyError):
+    """A connection could not be made, broke, or carried something that is not HTTP."""
+    exit, reason = 4, REASON_REGISTER
+    why = "refused"  # how a piece failed, in the scheduler's words
+
+
+class TimedOut(NetworkError):
+    """Nothing came for as long as we were willing to wait."""
+    why = "stalled"
+
+
+class TlsError(DflyError):
+    """The other side's certificate is not trusted, or TLS could not be agreed on."""
+    exit, reason, code = 5, REASON_SOURCE, URL_UNREACHABLE
+
+
+class SourceError(DflyError):
+    """The origin answered, but not with the file.  `status` is its HTTP status (0: it did not answer)."""
+    exit, reason, code = 8, REASON_SOURCE, URL_UNREACHABLE
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class NeedAuth(SourceError):
+    """The origin wants credentials that were not given, or not these."""
+    exit, old_exit, code = 6, 79, NEED_AUTH
+
+
+class SourceChanged(SourceError):
+    """The origin's file is no longer the one whose first pieces we hold."""
+
+
+class WrongBytes(DflyError):
+    """Bytes arrived, or lie on disk, that do not have the digest they must have."""
+    exit, reason = 9, REASON_MD5
+    why = "digest"
+
+    def __init__(self, what: str, expected: str, got: str) -> None:
+        super().__init__("%s: digest is %s, expected %s" % (what, got, expected))
+
+
+class NoSpace(DflyError):
+    """The disk is full, or will be.  Sizes in bytes."""
+    exit, reason = 10, REASON_NO_SPACE
+
+    def __init__(self, path: str, need: int = 0, free: int = 0) -> None:
+        if need:
+            super().__init__("no space on %s: %.1f MB needed, %.1f MB free" % (path, need / 2.0 ** 20, free / 2.0 ** 20))
+        else:
+            super().__init__("no space left on %s" % path)
+
+
+class Stalled(DflyError):
+    """The download made no progress, or not enough of it, within its time."""
+    exit = 11
+
+
+class NoMd5(DflyError):
+    """This Python refuses MD5, which the old wire and --md5 can't do without."""
+    exit, reason = 1, REASON_INIT
+
+
+# ==============================================================================
+# 2. Units and files
+#    Sizes, rates and durations as people write them; files that are either whole or
+#    absent; locks between processes; log lines.
+# ==============================================================================
+
+_SIZE = re.compile(r"^([0-9]{1,15})(?:([kmgt])(?:i?b)?|b)?$", re.I)
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)", re.I)
+_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_size(text: str) -> int:
+    """Return a size or a rate in bytes (per second): `20M`, `64KB`, `1g`, `500`, 1024-based.  Wire: 8.2"""
+    match = _SIZE.match(text.strip())
+    if not match:
+        raise BadUsage("not a size: %r (write 500, 64K, 20M or 2G)" % text)
+    return int(match.group(1)) << 10 * " kmgt".index((match.group(2) or " ").lower())
+
+
+def parse_duration(text: str) -> float:
+    """Return seconds: `30` (dfget 0.2) as well as `30s`, `3m0s`, `1h30m`, `500ms` (dfget 1.0).  Wire: 8.2"""
+    text = text.strip()
+    if re.match(r"^[0-9]+(\.[0-9]+)?$", text):
+        return float(text)
+    if not text or _DURATION.sub("", text):
+        raise BadUsage("not a duration: %r (write 30, 30s, 3m or 1h30m)" % text)
+    return sum(float(number) * _SECONDS[unit.lower()] for number, unit in _DURATION.findall(text))
+
+
+def show_size(count: float) -> str:
+    """Return a size in bytes as a person reads it: `4.2 GB` (1024-based, as the flags are)."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return "%d B" % count if unit == "B" else "%.*f %s" % (1 if count < 100 else 0, count, unit)
+        count /= 1024.0
+    return ""
+
+
+def show_time(seconds: float) -> str:
+    """Return a duration in seconds as a person reads it: `1.3 s`, `4m05s`."""
+    if seconds < 60:
+        return "%.1f s" % seconds
+    return "%dm%02ds" % divmod(int(seconds), 60) if seconds < 3600 else "%dh%02dm" % divmod(int(seconds) // 60, 60)
+
+
+def os_error(error: OSError, path: str) -> DflyError:
+    """Return the named error that an OSError about `path` is."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return NoSpace(path)
+    return CannotWrite("%s: %s" % (path, error.strerror or error))
+
+
+def free_bytes(folder: str) -> int:
+    """Return how many bytes an ordinary user may still write below `folder`."""
+    stat = os.statvfs(folder)
+    return stat.f_bavail * stat.f_frsize
+
+
+def make_folder(path: str, mode: int = 0o755) -> str:
+    """Make a folder and its parents where missing; return its path.  Raises CannotWrite."""
+    try:
+        os.makedirs(path, mode, exist_ok=True)
+    except OSError as error:
+        raise os_error(error, path)
+    return path
+
+
+def write_whole(path: str, data: bytes, mode: int = 0o644) -> None:
+    """Write a small file so that a reader sees the old one or the new one and never a part.  Raises CannotWrite."""
+    temporary = "%s.%d.tmp" % (path, os.getpid())
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        try:
+            os.write(fd, data)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+    except OSError as error:
+        remove(temporary)
+        raise os_error(error, path)
+
+
+def remove(path: str) -> None:
+    """Remove a file that may already be gone."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise os_error(error, path)
+
+
+class FileLock:
+    """An advisory lock between processes; ends with the process, however that ends."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._fd = -1
+
+    def acquire(self, limit_s: float = 0.0) -> bool:
+        """Try for at most `limit_s` seconds; return whether the lock is ours.  Raises CannotWrite."""
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise os_error(error, self.path)
+        deadline = time.monotonic() + limit_s
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._fd = fd
+                return True
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() >= deadline:
+                    os.close(fd)
+                    return False
+                time.sleep(0.02)  # flock has no wait with a limit
+
+    def release(self) -> None:
+        """Give the lock up; harmless without it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Log:
+    """A log file in the form of dfget 1.0, rotated once at 40 MB.  _lock guards _fd and _size.  Wire: 8.6"""
+
+    LIMIT = 40 << 20
+
+    def __init__(self, path: str = "", sign: str = "", verbose: bool = False, console: bool = False) -> None:
+        self.path = path  # "" keeps nothing
+        self.sign = sign  # which process, or which download, says it
+        self.verbose = verbose  # whether debug lines are kept
+        self.console = console  # whether lines go to standard error as well
+        self._lock = threading.Lock()
+        self._fd = -1
+        self._size = 0
+
+    def debug(self, message: str, *args: Any) -> None:
+        """Keep a line that only matters when something is being looked for."""
+        if self.verbose:
+            self._write("DEBU", message, args)
+
+    def info(self, message: str, *args: Any) -> None:
+        """Keep a line about the ordinary course of things."""
+        self._write("INFO", message, args)
+
+    def warn(self, message: str, *args: Any) -> None:
+        """Keep a line about something that went wrong and was dealt with."""
+        self._write("WARN", message, args)
+
+    def error(self, message: str, *args: Any) -> None:
+        """Keep a line about something that went wrong and ended something."""
+        self._write("ERRO", message, args)
+
+    def close(self) -> None:
+        """Close the file; a later line opens it again."""
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+    def _write(self, level: str, message: str, args: Tuple[Any, ...]) -> None:
+        now = time.time()
+        text = (message % args if args else message).replace("\n", "\\n").replace("\r", "\\r")
+        line = "%s.%03d %s sign:%s : %s\n" % (
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)), now % 1 * 1000, level, self.sign, text)
+        data = line.encode("utf-8", "replace")
+        if self.console:
+            sys.stderr.write(line)
+        if not self.path:
+            return
+        with self._lock:
+            try:
+                self._append_locked(data)
+            except OSError:  # a full disk must not end a download that needs none of it
+                pass
+
+    def _append_locked(self, data: bytes) -> None:
+        if self._fd < 0:
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._size = os.fstat(self._fd).st_size
+        os.write(self._fd, data)
+        self._size += len(data)
+        if self._size > self.LIMIT:
+            os.close(self._fd)
+            self._fd = -1
+            os.replace(self.path, self.path + ".1")
+
+
+# ==============================================================================
+# 3. Settings
+#    /etc/dragonfly.conf under the flags, and the list of supernodes.  A section of
+#    the file is named after a command and holds its long flags, so that there is one
+#    list of settings and one way to read each.
+# ==============================================================================
+
+CONFIG = "/etc/dragonfly.conf"
+
+
+class Node(NamedTuple):
+    """A supernode: where it is, and how large a share of the URLs it gets."""
+
+    host: str
+    port: int
+    weight: int = 1
+
+    def __str__(self) -> str:
+        return join_host(self.host, self.port)
+
+
+def split_host(text: str, port: int) -> Tuple[str, int]:
+    """Return (host, port) of `host`, `host:port`, `::1`, `[::1]` or `[::1]:port`.  Raises BadUsage."""
+    match = re.match(r"^\[([0-9a-fA-F:.%\w]+)\](?::(\d+))?$", text) or re.match(r"^([^:\[\]/\s]+)(?::(\d+))?$", text)
+    if match:
+        host, given = match.group(1), int(match.group(2) or port)
+    elif text.count(":") > 1 and re.match(r"^[0-9a-fA-F:.]+(%\w+)?$", text):
+        host, given = text, port
+    else:
+        raise BadUsage("not a host: %r (write host, host:port or [ipv6]:port)" % text)
+    if not 0 < given < 65536:
+        raise BadUsage("not a port: %d in %r" % (given, text))
+    return host, given
+
+
+def join_host(host: str, port: int) -> str:
+    """Return `host:port`, with an IPv6 address in brackets."""
+    return "%s:%d" % ("[%s]" % host if ":" in host else host, port)
+
+
+def parse_nodes(text: str) -> List[Node]:
+    """Return the supernodes of `host[:port][=weight],…`.  Raises BadUsage.  Wire: 9"""
+    nodes = []
+    for entry in filter(None, re.split(r"[,\s]+", text)):
+        where, _, weight = entry.partition("=")
+        if weight and not re.match(r"^[1-9]\d{0,3}$", weight):
+            raise BadUsage("not a weight: %r in %r (1 to 9999)" % (weight, entry))
+        nodes.append(Node(*split_host(where, SUPERNODE_PORT), weight=int(weight or 1)))
+    return nodes
+
+
+def order_nodes(nodes: List[Node], task: str) -> List[Node]:
+    """Return the supernodes in the order in which `task` shall try them, each once.
+
+    Highest random weight: every client finds the same order for the same task, the shares follow the weights, and
+    when a node goes only its own tasks move.
+    """
+    import math
+
+    def score(node: Node) -> float:
+        digest = hashlib.sha256(("%s %s" % (node, task)).encode()).digest()
+        return -node.weight / math.log((int.from_bytes(digest[:8], "big") + 1) / 2.0 ** 64 * (1 - 1e-12))
+
+    return sorted(dict.fromkeys(nodes), key=score, reverse=True)
+
+
+def read_config(path: str, must_exist: bool) -> Dict[str, Dict[str, str]]:
+    """Return {section: {key: text}} of an INI file; {} where there is none.  Raises BadUsage.
+
+    A key is a long flag of the command its section is named after; `[node] address` is read as dfget 0.2 wrote it.
+    """
+    import configparser
+    parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#", ";"))
+    try:
+        with open(path, encoding="utf-8") as file:
+            parser.read_file(file)
+    except FileNotFoundError:
+        if must_exist:
+            raise BadUsage("%s: no such file" % path)
+    except (OSError, UnicodeDecodeError, configparser.Error) as error:
+        raise BadUsage("%s: %s" % (path, " ".join(str(error).split())))
+    return {name.lower(): {key.replace("_", "-"): value for key, value in parser.items(name)} for name in parser.sections()}
+
+
+# ==============================================================================
+# 4. Pieces
+#    A file is cut into pieces; on the wire each wears a 4-byte head and a 1-byte
+#    tail.  Offsets here are either plain (in the file) or wrapped (as all peers of
+#    Dragonfly count).  Also: digests, and sets of piece numbers as bit masks.
+# ==============================================================================
+
+WRAP = 5  # bytes of head and tail
+TAIL = b"\x7f"
+MIB = 1 << 20
+#: What the largest head can say.  Wire: 5.1
+MAX_PIECE = 15 * MIB
+#: No file has more pieces than this: 100,000 pieces of 15 MiB are 1.5 TB, and their masks stay small.
+MAX_COUNT = 1 << 17
+
+try:
+    if os.environ.get("DFLY_NO_FASTPIECE"):
+        raise ImportError("switched off")
+    from _fastpiece import nums_of
+except ImportError:
+    def nums_of(mask: int) -> List[int]:
+        """Return the piece numbers in a bit mask, lowest first."""
+        return [num for num, bit in enumerate(reversed(bin(mask))) if bit == "1"] if mask > 0 else []
+
+
+def mask_of(nums: Any) -> int:
+    """Return the bit mask of piece numbers."""
+    mask = 0
+    for num in nums:
+        mask |= 1 << num
+    return mask
+
+
+def choose_piece_size(length: Optional[int]) -> int:
+    """Return the wrapped piece size in bytes for a file of `length` bytes (None: not known).
+
+    At most 256 pieces, since a swarm of N hosts ends (log2 N + 1) pieces after the first copy; at least 512 KiB for
+    files over 16 MB, since each transfer costs some 2 ms of Python at its two ends.
+    """
+    if length is None:
+        return MIB
+    size = 256 << 10 if length <= 16 * MIB else 512 << 10
+    while size < 8 * MIB and length > 256 * (size - WRAP):
+        size *= 2
+    return MAX_PIECE if length > 256 * (size - WRAP) else size
+
+
+class Layout:
+    """How a file of `length` bytes (None: not known yet) lies in pieces of `size` wrapped bytes.  Wire: 5.1"""
+
+    __slots__ = ("length", "size", "stride", "count")
+
+    def __init__(self, length: Optional[int], size: int) -> None:
+        self.length = length
+        self.size = size  # of a full piece, head and tail included
+        self.stride = size - WRAP  # plain bytes in a full piece
+        self.count = None if length is None else max(1, -(-length // self.stride))  # pieces; an empty file has one
+
+    def content_range(self, num: int) -> Tuple[int, int]:
+        """Return (offset, length) in bytes of piece `num` in the plain file.
+
+        Of a file of unknown length every piece counts as full.  Raises NoSuchPiece when the file ends before it.
+        """
+        if num < 0 or num >= (MAX_COUNT if self.count is None else self.count):
+            raise NoSuchPiece("there is no piece %d" % num)
+        offset = num * self.stride
+        return offset, self.stride if self.length is None else min(self.stride, self.length - offset)
+
+    def range_text(self, num: int) -> str:
+        """Return the `range` by which all peers know piece `num`: wrapped, exact for the last piece.  Wire: 3.2"""
+        return "%d-%d" % (num * self.size, num * self.size + self.content_range(num)[1] + WRAP - 1)
+
+    def num_of(self, text: str) -> int:
+        """Return the piece number of a `range` that some client sends back, exact or not.  Raises BadRequest."""
+        match = re.match(r"^(\d{1,18})-(\d{1,18})$", text)
+        if not match or int(match.group(1)) % self.size:
+            raise BadRequest("pieceRange: %.60s: invalid value" % text)
+        num = int(match.group(1)) // self.size
+        if num >= (MAX_COUNT if self.count is None else self.count):
+            raise BadRequest("pieceRange: %.60s: the file has %s pieces" % (text, self.count))
+        return num
+
+    def head(self, num: int) -> bytes:
+        """Return the four bytes before the content of piece `num`."""
+        return piece_head(self.content_range(num)[1], self.size)
+
+    @property
+    def wrapped_length(self) -> int:
+        """The length in bytes of all pieces with their wrappers; the length must be known."""
+        assert self.length is not None and self.count is not None
+        return self.length + WRAP * self.count
+
+    def spans(self, num: int, start: int, end: int) -> Iterator[Tuple[bytes, int, int]]:
+        """Yield what bytes [start, end) of wrapped piece `num` consist of: (bytes, 0, 0) or (b"", offset, length)
+        of the plain file."""
+        offset, length = self.content_range(num)
+        head = self.head(num)
+        if start < 4:
+            yield head[start:min(end, 4)], 0, 0
+        first, last = max(start - 4, 0), min(end - 4, length)
+        if last > first:
+            yield b"", offset + first, last - first
+        if start <= length + 4 < end:
+            yield TAIL, 0, 0
+
+
+def piece_head(length: int, size: int) -> bytes:
+    """Return the head of a piece of `length` plain bytes in a layout of `size`.  Wire: 5.1"""
+    return struct.pack(">I", length | size << 4)
+
+
+def new_md5() -> Any:
+    """Return an MD5 object, also where a policy forbids it for security (here it finds damage, not forgers).
+
+    Raises NoMd5 where Python has no way around the policy.
+    """
+    try:
+        return hashlib.md5()
+    except ValueError:
+        try:
+            return hashlib.md5(usedforsecurity=False)  # type: ignore[call-arg]  # 3.9 has it, and some older builds
+        except (TypeError, ValueError):
+            raise NoMd5("this Python refuses MD5 (a FIPS policy?), which Dragonfly 0.2-1.0 and --md5 need; "
+                        "use a supernode of this program, without --md5")
+
+
+class Seal(NamedTuple):
+    """What is known of a piece's plain bytes: enough to trust a stranger's copy, and to reread one's own fast."""
+
+    sha256: str
+    crc: int  # CRC-32: three times as fast as SHA-256, for rereading what was written; 0 where nobody will
+    length: int
+
+    def __str__(self) -> str:
+        return "sha256:" + self.sha256
+
+
+class PieceDigest:
+    """Digests one piece while its bytes pass: SHA-256 plain, CRC-32 plain for a later reread, MD5 wrapped for the old wire."""
+
+    def __init__(self, head: bytes = b"", reread: bool = False) -> None:
+        self._sha256 = hashlib.sha256()
+        self._reread = reread
+        self._crc = 0
+        self._length = 0
+        self._md5 = new_md5() if head else None  # only where somebody will ask for it
+        if self._md5:
+            self._md5.update(head)
+
+    def update(self, plain: Any) -> None:
+        """Take the next plain bytes (any buffer)."""
+        self._sha256.update(plain)
+        if self._reread:
+            self._crc = zlib.crc32(plain, self._crc)
+        self._length += len(plain)
+        if self._md5:
+            self._md5.update(plain)
+
+    def seal(self) -> Seal:
+        """Return the digests of all plain bytes so far."""
+        return Seal(self._sha256.hexdigest(), self._crc, self._length)
+
+    def wrapped_md5(self) -> str:
+        """Return `<md5>:<len>` of the wrapped piece; for once, after the last byte.  Wire: 3.2"""
+        assert self._md5
+        self._md5.update(TAIL)
+        return "%s:%d" % (self._md5.hexdigest(), self._length + WRAP)
+
+
+def filter_url(url: str, names: str) -> str:
+    """Return `url` without the query parameters named in `a&b`.  Wire: 2.2 (as dfget 1.0 does it)"""
+    base, mark, query = url.partition("?")
+    if not mark or not names:
+        return url
+    dropped = set(names.split("&"))
+    kept = [part for part in query.split("&") if part.partition("=")[0] not in dropped]
+    return base + "?" + "&".join(kept) if kept else base
+
+
+def task_id_of(task_url: str, md5: str = "", identifier: str = "", range_header: str = "") -> str:
+    """Return the 64 hex digits that name a task.  Wire: 2.1"""
+    text = (task_url + (md5 or identifier) + range_header).encode("utf-8", "surrogateescape")
+    return hashlib.sha256(TASK_KEY + text + TASK_KEY).hexdigest()
+
+
+# ==============================================================================
+# 5. Rate limits
+#    One kind of bucket for a download, a host and a server.
+# ==============================================================================
+
+
+class TokenBucket:
+    """Hands out the right to move bytes at `rate` bytes a second; 0 is no limit.
+
+    It keeps the moment at which everything handed out so far is paid for, so it neither drifts nor bursts by more
+    than BURST_S after a pause.  _lock guards _rate and _paid_at.
+    """
+
+    BURST_S = 0.05
+
+    def __init__(self, rate: int = 0, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._lock = threading.Lock()
+        self._clock, self._sleep = clock, sleep
+        self._rate = rate
+        self._paid_at = 0.0
+
+    @property
+    def rate(self) -> int:
+        """Bytes a second; 0 is no limit.  May be changed at any time."""
+        return self._rate
+
+    @rate.setter
+    def rate(self, rate: int) -> None:
+        with self._lock:
+            self._rate = max(0, rate)
+
+    def chunk(self, most: int) -> int:
+        """Return how many bytes to move at once: about a fortieth of a second's worth, at most `most`."""
+        return most if not self._rate else max(1024, min(most, self._rate // 40))
+
+    def delay(self) -> float:
+        """Return the seconds until more may be moved (0 is now)."""
+        if not self._rate:
+            return 0.0
+        with self._lock:
+            return max(0.0, self._paid_at - self._clock())
+
+    def spend(self, count: int) -> None:
+        """Book `count` bytes that have been moved."""
+        if self._rate:
+            with self._lock:
+                self._paid_at = max(self._paid_at, self._clock() - self.BURST_S) + count / float(self._rate)
+
+    def take(self, count: int) -> None:
+        """Wait until more may be moved, then book `count` bytes.  For threads of their own."""
+        while True:
+            delay = self.delay()
+            if not delay:
+                return self.spend(count)
+            self._sleep(min(delay, 0.5))  # in steps, since the rate may be raised meanwhile
+
+
+# ==============================================================================
+# 6. HTTP
+#    A server that is one thread over a selector: it reads requests, runs what is
+#    quick at once and the rest on a few workers, parks what has to wait, and sends
+#    files by sendfile.  A client on kept-alive connections that reads into a buffer
+#    of the caller's.
+#    Not http.server and http.client: their e-mail parser costs 20 ms at the start of
+#    each `get` and 0.1 ms a request, a third of what 3,000 syncs a second leave us.
+# ==============================================================================
+
+_REQUEST_LINE = re.compile(r"^([A-Z]{1,16}) (\S{1,16000}) HTTP/1\.([01])$")
+_STATUS_LINE = re.compile(r"^HTTP/1\.([01]) (\d{3})(?: .*)?$")
+_RANGE = re.compile(r"^bytes=(\d{1,18})-(\d{0,18})$")
+
+PHRASES = {200: "OK", 201: "Created", 206: "Partial Content", 208: "Already Reported", 400: "Bad Request", 401: "Unauthorized",
+           403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 411: "Length Required",
+           413: "Payload Too Large", 416: "Range Not Satisfiable", 431: "Request Header Fields Too Large",
+           500: "Internal Server Error", 503: "Service Unavailable"}
+
+
+def parse_head(data: bytes) -> Tuple[str, Dict[str, str]]:
+    """Return the first line and the headers (names in lower case, repeated ones joined by a comma) of a head.
+
+    Raises BadRequest.
+    """
+    first, *lines = data.decode("latin-1").split("\r\n")
+    headers = {}  # type: Dict[str, str]
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not name or name[-1] in " \t" or name[0] in " \t":
+            raise BadRequest("not a header: %.80r" % line)
+        name, value = name.lower(), value.strip()
+        headers[name] = headers[name] + ", " + value if name in headers else value
+    return first, headers
+
+
+class FileSpan:
+    """A part of a file on its way out; owns a descriptor of its own, so that the file may be dropped meanwhile."""
+
+    __slots__ = ("fd", "offset", "count")
+
+    def __init__(self, fd: int, offset: int, count: int) -> None:
+        self.fd, self.offset, self.count = fd, offset, count
+
+    def close(self) -> None:
+        """Give the descriptor back; once."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Response:
+    """An answer: status, headers beyond the length, and a body of bytes and file spans."""
+
+    def __init__(self, status: int = 200, body: Any = b"", kind: str = "application/json", headers: Any = ()) -> None:
+        self.status = status
+        self.segments = body if isinstance(body, list) else [body]
+        self.headers = [("Content-Type", kind)] + list(headers)
+
+    @classmethod
+    def of_json(cls, data: Any, status: int = 200) -> "Response":
+        """Return `data` as JSON."""
+        return cls(status, json.dumps(data, separators=(",", ":")).encode())
+
+    @classmethod
+    def of_error(cls, status: int, message: str) -> "Response":
+        """Return an error outside the protocol's own envelope, as supernode 1.0 words it.  Wire: 1.5"""
+        return cls.of_json({"code": status, "message": message}, status)
+
+    def head(self, keep: bool) -> bytes:
+        """Return the bytes before the body."""
+        length = sum(s.count if isinstance(s, FileSpan) else len(s) for s in self.segments)
+        lines = ["HTTP/1.1 %d %s" % (self.status, PHRASES.get(self.status, "Unknown")), "Content-Length: %d" % length]
+        lines += ["%s: %s" % pair for pair in self.headers]
+        if not keep:
+            lines.append("Connection: close")
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for segment in self.segments:
+            if isinstance(segment, FileSpan):
+                segment.close()
+
+
+class Park(NamedTuple):
+    """An answer that has to wait: run the handler again when `key` is notified, or after `limit_s`."""
+
+    key: Any
+    limit_s: float
+
+
+class Request:
+    """What a client asks.  A handler that parks finds its own notes in `state` when it is run again."""
+
+    def __init__(self, method: str, target: str, headers: Dict[str, str], body: bytes, client: str, server: str) -> None:
+        self.method, self.headers, self.body = method, headers, body
+        self.client, self.server = client, server  # IP addresses of the two ends
+        path, _, self.query_text = target.partition("?")
+        self.path = unquote(re.sub(r"^https?://[^/]*", "", path)) or "/"
+        self.rest = ""  # of the path, behind a route that ends in a slash
+        self.state = {}  # type: Dict[str, Any]
+        self.expired = False  # its time in the park is over: it must be answered now
+        self.on_gone = None  # type: Optional[Callable[[], None]]  # called when the client leaves while parked
+
+    @property
+    def query(self) -> Dict[str, str]:
+        """The query's parameters; of a repeated one the last."""
+        return dict(parse_qsl(self.query_text, keep_blank_values=True))
+
+    def json(self) -> Dict[str, Any]:
+        """Return the body as a JSON object.  Raises BadRequest."""
+        try:
+            data = json.loads(self.body.decode("utf-8"))
+        except (ValueError, RecursionError):
+            raise BadRequest("the body is not JSON")
+        if not isinstance(data, dict):
+            raise BadRequest("the body is not a JSON object")
+        return data
+
+    def range(self, length: int) -> Optional[Tuple[int, int]]:
+        """Return (start, end) in bytes, end exclusive and clipped, of a Range header; None without a usable one.
+
+        Raises NoSuchPiece when it begins at or behind `length`.
+        """
+        match = _RANGE.match(self.headers.get("range", ""))
+        if not match:
+            return None
+        start, end = int(match.group(1)), int(match.group(2) or length - 1) + 1
+        if end <= start:
+            return None
+        if start >= length:
+            raise NoSuchPiece("the file has %d bytes" % length)
+        return start, min(end, length)
+
+
+class Route(NamedTuple):
+    """A path (with all below it, if it ends in a slash) and the handler for it: a method's name of the application."""
+
+    method: str
+    path: str
+    handler: str
+    worker: bool = False  # whether it may block and so runs on a worker thread
+
+
+def plain_address(ip: str) -> str:
+    """Return an address without what a socket of both families puts before an IPv4 one."""
+    return ip[7:] if ip.startswith("::ffff:") else ip
+
+
+class _Link:
+    """One accepted connection, driven by the server's thread alone."""
+
+    IDLE, READING, WORKING, PARKED, WRITING, CLOSED = range(6)
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.client, self.server = ("", "") if sock.family == socket.AF_UNIX else (
+            plain_address(sock.getpeername()[0]), plain_address(sock.getsockname()[0]))
+        self.state = self.IDLE
+        self.deadline = 0.0  # monotonic; when the state ends by force
+        self.input = bytearray()
+        self.request = None  # type: Optional[Request]
+        self.route = None  # type: Optional[Route]
+        self.response = None  # type: Optional[Response]
+        self.output = collections.deque()  # type: collections.deque
+        self.keep = True  # whether another request may follow
+        self.closing = False  # the client has shut its sending side
+        self.events = 0  # what the selector watches for
+
+
+class Server:
+    """An HTTP/1.1 server over one listening socket and one thread.
+
+    All links belong to that thread.  Other threads reach it by `notify` and through _posted, a deque and a pipe.
+    `application` has the handlers that `routes` name: each takes a Request and returns a Response or a Park, or
+    raises; a DflyError is answered with its words, anything else with a plain 500 and a log line.
+    """
+
+    IDLE_S, READ_S, WRITE_S = 180.0, 20.0, 60.0  # how long a client may be silent between, in and behind a request
+    WORKERS = 16
+    BURST = 1 << 20  # bytes sent on one link before the others get their turn
+
+    def __init__(self, sock: socket.socket, routes: Any, application: Any, log: Log, name: str, bucket: Optional[TokenBucket] = None) -> None:
+        self._sock, self._app, self._log = sock, application, log
+        self._routes = {(r.method, r.path): r for r in routes}
+        self._bucket = bucket or TokenBucket()  # for file bytes going out
+        self._selector = selectors.DefaultSelector()
+        self._links = set()  # type: Set[_Link]
+        self._parked = collections.defaultdict(set)  # type: Dict[Any, Set[_Link]]
+        self._timers = []  # type: List[Tuple[float, int, Callable[[], None]]]
+        self._timer_count = 0
+        self._posted = collections.deque()  # type: collections.deque
+        self._wake_r, self._wake_w = os.pipe()
+        self._woken = False
+        self._stopping = False
+        self._jobs = queue.Queue()  # type: queue.Queue
+        self._workers = []  # type: List[threading.Thread]
+        self._busy = 0  # jobs that wait or run
+        self.address = sock.getsockname()[:2]
+        self.sent_bytes = 0  # of files
+        self.requests = collections.Counter()  # type: Dict[str, int]  # by handler
+        self._thread = threading.Thread(target=self._run, name="dfly-http-" + name, daemon=True)
+
+    # -- for other threads ----------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._thread.start()
+
+    def stop(self, limit_s: float = 5.0) -> None:
+        """End the thread and close every connection."""
+        self._stopping = True
+        self.post(lambda: None)
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(limit_s)
+        for _ in self._workers:
+            self._jobs.put(None)
+        for worker in self._workers:
+            worker.join(limit_s)
+
+    def notify(self, key: Any) -> None:
+        """Run again what is parked under `key`.  From any thread."""
+        if key in self._parked:
+            self.post(lambda: self._unpark(key))
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Have the server's thread make a call soon."""
+        self._posted.append(call)
+        if threading.current_thread() is not self._thread and not self._woken:
+            self._woken = True
+            os.write(self._wake_w, b"x")
+
+    def later(self, delay_s: float, call: Callable[[], None]) -> None:
+        """Have the server's thread make a call in `delay_s` seconds.  From the server's thread, or before `start`."""
+        self._timer_count += 1
+        heapq.heappush(self._timers, (time.monotonic() + delay_s, self._timer_count, call))
+
+    # -- the loop --------------------------------------------------------------
+
+    def _run(self) -> None:
+        self._sock.setblocking(False)
+        self._selector.register(self._sock, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._wake_r, selectors.EVENT_READ, self._drain)
+        self.later(1.0, self._sweep)
+        try:
+            while not self._stopping:
+                self._turn()
+        finally:
+            for link in list(self._links):
+                self._close(link)
+            self._selector.close()
+            self._sock.close()
+            os.close(self._wake_r)
+            os.close(self._wake_w)
+
+    def _turn(self) -> None:
+        timeout = 0.0 if self._posted else max(0.0, self._timers[0][0] - time.monotonic())
+        for key, events in self._selector.select(timeout):
+            if isinstance(key.data, _Link):
+                self._serve(key.data, events)
+            else:
+                key.data()
+        for _ in range(len(self._posted)):
+            self._guard(self._posted.popleft())
+        while self._timers[0][0] <= time.monotonic():
+            self._guard(heapq.heappop(self._timers)[2])
+
+    def _guard(self, call: Callable[[], None]) -> None:
+        """Make a call whose failure must not end the server."""
+        try:
+            call()
+        except Exception as error:  # the last frame before the thread: say it and go on
+            self._log.error("%s: %r", getattr(call, "__name__", call), error)
+
+    def _drain(self) -> None:
+        os.read(self._wake_r, 4096)
+        self._woken = False
+
+    def _accept(self) -> None:
+        for _ in range(64):
+            try:
+                sock = self._sock.accept()[0]
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):  # no descriptors: let some end first
+                    self._log.warn("can't accept: %s", error.strerror)
+                    self._selector.unregister(self._sock)
+                    self.later(0.2, lambda: self._selector.register(self._sock, selectors.EVENT_READ, self._accept) and None)
+                    return
+                continue
+            self._adopt(sock)
+
+    def _adopt(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        try:
+            link = _Link(sock)
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:  # it left between accept and here
+            sock.close()
+            return
+        self._links.add(link)
+        self._set(link, _Link.IDLE, self.IDLE_S)
+        self._watch(link, selectors.EVENT_READ)
+
+    def _set(self, link: _Link, state: int, limit_s: float) -> None:
+        link.state, link.deadline = state, time.monotonic() + limit_s
+
+    def _watch(self, link: _Link, events: int) -> None:
+        """Have the selector watch a link for `events` (0: leave it alone)."""
+        if link.events == events or link.state == _Link.CLOSED:
+            return
+        if not events:
+            self._selector.unregister(link.sock)
+        elif link.events:
+            self._selector.modify(link.sock, events, link)
+        else:
+            self._selector.register(link.sock, events, link)
+        link.events = events
+
+    def _sweep(self) -> None:
+        """Once a second: end what has waited too long."""
+        now = time.monotonic()
+        for link in [link for link in self._links if link.deadline <= now]:
+            if link.state == _Link.PARKED:
+                self._resume(link, expired=True)
+            elif link.state == _Link.READING:
+                link.keep = False
+                self._respond(link, Response.of_error(408, "the request did not arrive within %d s" % self.READ_S))
+            elif link.state != _Link.WORKING:
+                self._close(link)
+        self.later(1.0, self._sweep)
+
+    def _serve(self, link: _Link, events: int) -> None:
+        try:
+            if events & selectors.EVENT_READ:
+                self._read(link)
+            if events & selectors.EVENT_WRITE and link.state == _Link.WRITING:
+                self._write(link)
+        except OSError:  # the client is gone
+            self._close(link)
+
+    # -- reading ---------------------------------------------------------------
+
+    def _read(self, link: _Link) -> None:
+        try:
+            data = link.sock.recv(65536)
+        except BlockingIOError:
+            return
+        if not data:
+            if link.state in (_Link.WORKING, _Link.WRITING):
+                link.closing = True  # it may have shut its sending side only: it still gets its answer
+                self._watch(link, link.events & ~selectors.EVENT_READ)
+            else:
+                self._close(link)
+            return
+        link.input += data
+        if link.state in (_Link.IDLE, _Link.READING):
+            self._parse(link)
+        elif len(link.input) > MAX_HEAD + MAX_BODY:
+            self._close(link)
+
+    def _parse(self, link: _Link) -> None:
+        """Take a request from the input, if it is all there, and run it."""
+        while link.input[:2] == b"\r\n":  # RFC 7230, 3.5: some clients end a body with one too many
+            del link.input[:2]
+        if not link.input:
+            return
+        if link.state == _Link.IDLE:
+            self._set(link, _Link.READING, self.READ_S)
+        end = link.input.find(b"\r\n\r\n", 0, MAX_HEAD)
+        if end < 0:
+            if len(link.input) >= MAX_HEAD:
+                self._refuse(link, 431, "the head is larger than %d bytes" % MAX_HEAD)
+            return
+        try:
+            line, headers = parse_head(bytes(link.input[:end]))
+            match = _REQUEST_LINE.match(line)
+            if not match:
+                raise BadRequest("not a request: %.80r" % line)
+            length = self._body_length(headers)
+        except BadRequest as error:
+            return self._refuse(link, error.http, str(error))
+        if length > MAX_BODY:
+            return self._refuse(link, 413, "the body is larger than %d bytes" % MAX_BODY)
+        if length < 0:
+            return self._refuse(link, 411, "say the body's Content-Length")
+        if len(link.input) < end + 4 + length:
+            if headers.get("expect", "").lower() == "100-continue" and len(link.input) == end + 4:
+                link.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            return
+        body = bytes(link.input[end + 4:end + 4 + length])
+        del link.input[:end + 4 + length]
+        tokens = headers.get("connection", "").lower()
+        link.keep = "close" not in tokens if match.group(3) == "1" else "keep-alive" in tokens
+        link.request = Request(match.group(1), match.group(2), headers, body, link.client, link.server)
+        self._route(link)
+
+    @staticmethod
+    def _body_length(headers: Dict[str, str]) -> int:
+        """Return the body's length in bytes; -1 when it is chunked."""
+        if "transfer-encoding" in headers:
+            return -1
+        text = headers.get("content-length", "0")
+        if not re.match(r"^\d{1,18}$", text):
+            raise BadRequest("not a Content-Length: %.40r" % text)
+        return int(text)
+
+    def _refuse(self, link: _Link, status: int, message: str) -> None:
+        """Answer what could not even be read, and hang up, since nobody knows where the next request begins."""
+        self._log.warn("%s: %d %s", link.client, status, message)
+        link.keep, link.request = False, None
+        del link.input[:]
+        self._respond(link, Response.of_error(status, message))
+
+    # -- handling --------------------------------------------------------------
+
+    def _route(self, link: _Link) -> None:
+        request = link.request
+        assert request
+        path = re.sub(r"^/v[0-9.]+(?=/)", "", request.path)  # supernode 1.0 has every path a second time.  Wire: 4.6
+        method = "GET" if request.method == "HEAD" else request.method
+        route = self._routes.get((method, path))
+        cut = len(path)
+        while route is None and cut > 0:
+            cut = path.rfind("/", 0, cut)
+            route = self._routes.get((method, path[:cut + 1]))
+        if route is None:
+            known = any(other[1] == path for other in self._routes)
+            self._respond(link, Response.of_error(405 if known else 404, "%s %.100s: no such thing here" % (request.method, request.path)))
+            return
+        if route.path.endswith("/"):
+            request.rest = path[len(route.path):]
+        link.route = route
+        self.requests[route.handler] += 1
+        self._call(link)
+
+    def _call(self, link: _Link) -> None:
+        """Run the handler of a link, here or on a worker."""
+        assert link.route and link.request
+        if not link.route.worker:
+            self._take(link, self._outcome(link.route, link.request))
+            return
+        self._set(link, _Link.WORKING, 3600.0)
+        self._busy += 1
+        if len(self._workers) < min(self._busy, self.WORKERS):
+            worker = threading.Thread(target=self._work, name="dfly-worker-%d" % len(self._workers), daemon=True)
+            self._workers.append(worker)
+            worker.start()
+        self._jobs.put((link, link.route, link.request))
+
+    def _work(self) -> None:
+        """A worker's life."""
+        for link, route, request in iter(self._jobs.get, None):
+            outcome = self._outcome(route, request)
+            self.post(lambda link=link, outcome=outcome: self._take(link, outcome))  # type: ignore[misc]
+            self._busy -= 1
+
+    def _outcome(self, route: Route, request: Request) -> Any:
+        """Run a handler; return what it says, or its error as an answer."""
+        try:
+            return getattr(self._app, route.handler)(request)
+        except DflyError as error:
+            self._log.warn("%s %s from %s: %s", request.method, request.path, request.client, error)
+            return Response.of_error(error.http, str(error))
+        except Exception as error:  # a fault of ours: the client gets no traceback, the log does
+            import traceback
+            self._log.error("%s %s: %s", request.method, request.path, traceback.format_exc())
+            return Response.of_error(500, "internal error: %s" % type(error).__name__)
+
+    def _take(self, link: _Link, outcome: Any) -> None:
+        """Do what a handler has decided."""
+        if link.state == _Link.CLOSED:
+            if isinstance(outcome, Response):
+                outcome.close()
+        elif isinstance(outcome, Park):
+            self._set(link, _Link.PARKED, outcome.limit_s)
+            assert link.request
+            link.request.state["key"] = outcome.key
+            self._parked[outcome.key].add(link)
+            if link.closing:
+                self._close(link)
+        else:
+            self._respond(link, outcome)
+
+    def _forget_park(self, link: _Link) -> None:
+        if link.state == _Link.PARKED and link.request:
+            key = link.request.state["key"]
+            self._parked[key].discard(link)
+            if not self._parked[key]:
+                del self._parked[key]
+
+    def _unpark(self, key: Any) -> None:
+        for link in list(self._parked.get(key, ())):
+            self._resume(link, expired=False)
+
+    def _resume(self, link: _Link, expired: bool) -> None:
+        assert link.request
+        self._forget_park(link)
+        link.state = _Link.WORKING
+        link.request.expired = expired
+        self._call(link)
+
+    # -- writing ---------------------------------------------------------------
+
+    def _respond(self, link: _Link, response: Response) -> None:
+        link.keep = link.keep and not self._stopping
+        link.response = response
+        head = response.head(link.keep)
+        segments = response.segments
+        if link.request and link.request.method == "HEAD":
+            response.close()
+            segments = []
+        if all(isinstance(segment, bytes) for segment in segments):
+            link.output = collections.deque([memoryview(head + b"".join(segments))])
+        else:
+            link.output = collections.deque([memoryview(head)])
+            link.output.extend(s if isinstance(s, FileSpan) else memoryview(s) for s in segments)
+            self._cork(link, 1)
+        self._set(link, _Link.WRITING, self.WRITE_S)
+        try:
+            self._write(link)
+        except OSError:
+            self._close(link)
+
+    def _cork(self, link: _Link, on: int) -> None:
+        """Have the kernel fill whole segments: head, file and tail leave together."""
+        if link.sock.family != socket.AF_UNIX and hasattr(socket, "TCP_CORK"):
+            link.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, on)
+
+    def _write(self, link: _Link) -> None:
+        """Send what the socket, the limit and the others' turn allow."""
+        budget = self.BURST
+        while link.output:
+            segment = link.output[0]
+            if budget <= 0:
+                return self._watch(link, selectors.EVENT_READ | selectors.EVENT_WRITE)
+            try:
+                count = self._send_span(link, segment) if isinstance(segment, FileSpan) else link.sock.send(segment)
+            except BlockingIOError:
+                return self._watch(link, selectors.EVENT_WRITE | (0 if link.closing else selectors.EVENT_READ))
+            if count < 0:
+                return None  # the limit has it: a timer will come back
+            budget -= count
+            link.deadline = time.monotonic() + self.WRITE_S
+            if isinstance(segment, FileSpan):
+                if not segment.count:
+                    segment.close()
+                    link.output.popleft()
+            elif count == len(segment):
+                link.output.popleft()
+            else:
+                link.output[0] = segment[count:]
+        self._end_response(link)
+        return None
+
+    def _send_span(self, link: _Link, span: FileSpan) -> int:
+        """Send part of a file; return the bytes sent, -1 when the limit says later.  Raises OSError, BlockingIOError."""
+        delay = self._bucket.delay()
+        if delay:
+            self._watch(link, 0)
+            self.later(delay, lambda: self._serve(link, selectors.EVENT_WRITE))
+            return -1
+        count = os.sendfile(link.sock.fileno(), span.fd, span.offset, min(span.count, self._bucket.chunk(1 << 20)))
+        if not count:
+            raise OSError(errno.EIO, "the file is shorter than it was")
+        self._bucket.spend(count)
+        span.offset += count
+        span.count -= count
+        self.sent_bytes += count
+        return count
+
+    def _end_response(self, link: _Link) -> None:
+        assert link.response
+        if len(link.response.segments) > 1:
+            self._cork(link, 0)
+        link.request, link.response, link.route = None, None, None
+        if not link.keep or link.closing:
+            self._close(link)
+            return
+        self._set(link, _Link.IDLE, self.IDLE_S)
+        self._watch(link, selectors.EVENT_READ)
+        if link.input:
+            self.post(lambda: self._parse(link) if link.state == _Link.IDLE else None)
+
+    def _close(self, link: _Link) -> None:
+        if link.state == _Link.CLOSED:
+            return
+        self._watch(link, 0)
+        self._forget_park(link)
+        gone = link.request.on_gone if link.state == _Link.PARKED and link.request else None
+        link.state = _Link.CLOSED
+        self._links.discard(link)
+        if link.response:
+            link.response.close()
+        link.sock.close()
+        if gone:
+            self._guard(gone)
+
+
+def listen(host: str, port: int, tries: int = 1) -> socket.socket:
+    """Return a listening socket on `port` (0: any) or one of the `tries` after it; host "" is every address, of
+    both families where the machine has them.  Raises NetworkError."""
+    family = socket.AF_INET6 if ":" in host or not host else socket.AF_INET
+    for number in range(port, port + tries):
+        try:
+            return _listen_once(family, host, number)
+        except OSError as error:
+            if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) and not host and family == socket.AF_INET6:
+                family = socket.AF_INET
+                return listen("0.0.0.0", port, tries)
+            if error.errno != errno.EADDRINUSE or number == port + tries - 1:
+                raise NetworkError("can't listen on %s: %s" % (join_host(host or "*", number), error.strerror))
+    raise NetworkError("no port to listen on")
+
+
+def _listen_once(family: int, host: str, port: int) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1 if host else 0)
+        sock.bind((host or "::", port))
+        sock.listen(4096)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def local_address_to(host: str, port: int, timeout_s: float) -> str:
+    """Return the address of this host that a connection to host:port leaves from.  Raises NetworkError.  Wire: 2.3"""
+    sock = connect(host, port, timeout_s)
+    try:
+        return plain_address(sock.getsockname()[0])
+    finally:
+        sock.close()
+
+
+def connect(host: str, port: int, timeout_s: float) -> socket.socket:
+    """Return a connected socket; a `host` with a slash is a socket file.  Raises NetworkError, TimedOut."""
+    if host.startswith("/"):
+        return _connect_file(host, timeout_s)
+    try:
+        sock = socket.create_connection((host, port), timeout_s)
+    except socket.timeout:
+        raise TimedOut("%s did not answer within %g s" % (join_host(host, port), timeout_s))
+    except OSError as error:
+        raise NetworkError("%s: %s" % (join_host(host, port), error.strerror or error))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def _connect_file(path: str, timeout_s: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(timeout_s)
+    try:
+        sock.connect(path)
+    except OSError as error:
+        sock.close()
+        raise NetworkError("%s: %s" % (path, error.strerror or error))
+    return sock
+
+
+class Reply:
+    """The head of an answer, and its body as far as it has been read."""
+
+    def __init__(self, link: "HttpLink", status: int, headers: Dict[str, str], old: bool) -> None:
+        self._link = link
+        self.status, self.headers = status, headers
+        text = headers.get("content-length", "")
+        self.length = int(text) if re.match(r"^\d{1,18}$", text) else None  # None: chunked, or up to the end
+        self.chunked = "chunked" in headers.get("transfer-encoding", "").lower()
+        tokens = headers.get("connection", "").lower()
+        self.keep = "keep-alive" in tokens if old else "close" not in tokens
+        self.left = self.length  # bytes of the body not read yet
+
+    def body(self, limit: int = 16 << 20) -> bytes:
+        """Return the whole body of at most `limit` bytes.  Raises NetworkError."""
+        if self.chunked:
+            return self._chunked_body(limit)
+        if (self.length or 0) > limit:
+            raise NetworkError("an answer of %d bytes" % (self.length or 0))
+        data = bytearray()
+        while self.left is None or self.left > 0:
+            chunk = bytearray(min(65536, limit + 1 - len(data) if self.left is None else self.left))
+            count = self.read_into(memoryview(chunk))
+            data += chunk[:count]
+            if not count:
+                if self.left:
+                    raise NetworkError("%s hung up in the middle of an answer" % self._link)
+                break
+            if len(data) > limit:
+                raise NetworkError("an answer of more than %d bytes" % limit)
+        return bytes(data)
+
+    def _chunked_body(self, limit: int) -> bytes:
+        data = b""
+        while True:
+            line = self._link.read_line()
+            try:
+                size = int(line.split(b";")[0], 16)
+            except ValueError:
+                raise NetworkError("not a chunk: %.40r" % line)
+            if size > limit - len(data):
+                raise NetworkError("an answer of more than %d bytes" % limit)
+            if not size:
+                while self._link.read_line():
+                    pass
+                self.left = 0
+                return data
+            data += self._link.read_exactly(size)
+            self._link.read_line()
+
+    def read_into(self, view: Any) -> int:
+        """Fill as much of `view` as the body has and a chunk of time brings; return the count, 0 at the end.
+
+        Raises TimedOut when nothing came at all, NetworkError.
+        """
+        if self.left is not None:
+            view = view[:self.left]
+        if not len(view):
+            return 0
+        count = self._link.receive(view)
+        if self.left is not None:
+            self.left -= count
+        return count
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the connection can carry another request."""
+        return self.keep and self.left == 0
+
+
+class HttpLink:
+    """One connection to a server, kept alive.  Used by one thread at a time."""
+
+    def __init__(self, host: str, port: int, timeout_s: float = 10.0, connect_s: float = 3.0) -> None:
+        self.host, self.port = host, port
+        self.sock = connect(host, port, connect_s)
+        self.fresh = True  # no answer has come over it yet
+        self._ahead = b""  # bytes read behind a head
+        self.set_timeout(timeout_s)
+
+    def __str__(self) -> str:
+        return join_host(self.host, self.port)
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """Limit the silence in one read or write, in seconds.
+
+        By socket options on a blocking socket, so that one recv can wait for a whole chunk (MSG_WAITALL): at
+        50 Mbit/s that is 4 wake-ups a second instead of 800.
+        """
+        self.sock.settimeout(None)
+        limit = struct.pack("@ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+    def close(self) -> None:
+        """Hang up."""
+        self.sock.close()
+
+    def send(self, method: str, target: str, headers: Any = (), body: bytes = b"") -> None:
+        """Send a request.  Raises NetworkError."""
+        lines = ["%s %s HTTP/1.1" % (method, target), "Host: " + str(self)]
+        lines += ["%s: %s" % pair for pair in headers]
+        if body or method == "POST":
+            lines.append("Content-Length: %d" % len(body))
+        try:
+            self.sock.sendall("\r\n".join(lines + ["", ""]).encode("utf-8", "surrogateescape") + body)
+        except (BlockingIOError, socket.timeout):
+            raise TimedOut("%s does not take our request" % self)
+        except OSError as error:
+            raise NetworkError("%s: %s" % (self, error.strerror))
+
+    def receive(self, view: Any) -> int:
+        """Fill `view` as far as the connection's time limit allows; return the count, 0 at the end.
+
+        Raises TimedOut when nothing came at all, NetworkError.
+        """
+        if self._ahead:
+            count = min(len(self._ahead), len(view))
+            view[:count] = self._ahead[:count]
+            self._ahead = self._ahead[count:]
+            return count
+        try:
+            return self.sock.recv_into(view, len(view), socket.MSG_WAITALL)
+        except (BlockingIOError, socket.timeout):
+            raise TimedOut("%s is silent" % self)
+        except OSError as error:
+            raise NetworkError("%s: %s" % (self, error.strerror))
+
+    def _more(self) -> None:
+        """Read on behind what is there, without waiting for more than comes at once."""
+        try:
+            data = self.sock.recv(4096)
+        except (BlockingIOError, socket.timeout):
+            raise TimedOut("%s is silent" % self)
+        except OSError as error:
+            raise NetworkError("%s: %s" % (self, error.strerror))
+        if not data:
+            raise NetworkError("%s hung up" % self)
+        self._ahead += data
+
+    def read_exactly(self, count: int) -> bytes:
+        """Return exactly `count` bytes.  Raises NetworkError."""
+        while len(self._ahead) < count:
+            self._more()
+        data, self._ahead = self._ahead[:count], self._ahead[count:]
+        return data
+
+    def read_line(self) -> bytes:
+        """Return a line without its end.  Raises NetworkError."""
+        while b"\n" not in self._ahead:
+            if len(self._ahead) > MAX_HEAD:
+                raise NetworkError("%s sends no end of line" % self)
+            self._more()
+        line, _, self._ahead = self._ahead.partition(b"\n")
+        return line.rstrip(b"\r")
+
+    def reply(self) -> Reply:
+        """Wait for the head of the answer.  Raises NetworkError, TimedOut."""
+        while b"\r\n\r\n" not in self._ahead:
+            if len(self._ahead) > MAX_HEAD:
+                raise NetworkError("%s sends no end of its head" % self)
+            self._more()
+        head, _, self._ahead = self._ahead.partition(b"\r\n\r\n")
+        try:
+            line, headers = parse_head(head)
+        except BadRequest as error:
+            raise NetworkError("%s: %s" % (self, error))
+        match = _STATUS_LINE.match(line)
+        if not match:
+            raise NetworkError("%s does not speak HTTP: %.40r" % (self, line))
+        if match.group(2) == "100":
+            return self.reply()
+        self.fresh = False
+        return Reply(self, int(match.group(2)), headers, match.group(1) == "0")
+
+
+class Pool:
+    """Kept-alive connections to many servers.  _lock guards _idle."""
+
+    KEEP = 4  # idle connections kept for one server
+
+    def __init__(self, timeout_s: float = 10.0, connect_s: float = 3.0) -> None:
+        self.timeout_s, self.connect_s = timeout_s, connect_s  # of silence, of connecting
+        self._lock = threading.Lock()
+        self._idle = collections.defaultdict(list)  # type: Dict[Tuple[str, int], List[HttpLink]]
+
+    def open(self, host: str, port: int, method: str, target: str, headers: Any = (), body: bytes = b"") -> Tuple[HttpLink, Reply]:
+        """Send a request and return the connection with the head of the answer; give it back with `done`.
+
+        A kept connection that the server has meanwhile closed is replaced once.  Raises NetworkError, TimedOut.
+        """
+        while True:
+            link = self.link(host, port)
+            kept = not link.fresh
+            try:
+                link.send(method, target, headers, body)
+                return link, link.reply()
+            except NetworkError as error:
+                link.close()
+                if not kept or isinstance(error, TimedOut):
+                    raise
+
+    def ask(self, host: str, port: int, method: str, target: str, headers: Any = (), body: bytes = b"") -> Tuple[int, bytes]:
+        """Send a request and return (status, body).  Raises NetworkError, TimedOut."""
+        link, reply = self.open(host, port, method, target, headers, body)
+        try:
+            return reply.status, reply.body()
+        finally:
+            self.done(link, reply)
+
+    def link(self, host: str, port: int) -> HttpLink:
+        """Return an idle connection or a new one.  Raises NetworkError, TimedOut."""
+        with self._lock:
+            if self._idle[host, port]:
+                return self._idle[host, port].pop()
+        return HttpLink(host, port, self.timeout_s, self.connect_s)
+
+    def done(self, link: HttpLink, reply: Reply) -> None:
+        """Keep the connection if it can be used again, else hang up."""
+        if reply.reusable:
+            with self._lock:
+                if len(self._idle[link.host, link.port]) < self.KEEP:
+                    self._idle[link.host, link.port].append(link)
+                    return
+        link.close()
+
+    def close(self) -> None:
+        """Hang up on everybody."""
+        with self._lock:
+            for links in self._idle.values():
+                for link in links:
+                    link.close()
+            self._idle.clear()
+
+
+# ==============================================================================
+# 7. Store
+#    A task's bytes on disk and the journal that says which of them are true.  The
+#    same class on supernode and peer.  Knows pieces and files; knows no peers, no
+#    HTTP.
+# ==============================================================================
+
+
+class TaskFile:
+    """A task's plain file, growing or finished, and its journal.
+
+    The journal is text, a line a fact, each line closed by its own CRC-32, so that what a SIGKILL tore off is seen:
+    `task {json}` first, then `length N`, `piece NUM LENGTH SHA256 CRC`.  A piece is journalled after it is written;
+    what the journal says after a restart is a claim that `verify` tests.  _lock guards everything with a leading
+    underscore.  One process writes; others may `attach` to read along.
+    """
+
+    def __init__(self, data: str, journal: str, about: Dict[str, Any], length: Optional[int], piece_size: int) -> None:
+        self.data, self.journal = data, journal  # paths
+        self.about = about  # what the bytes belong to: task, url, version; all JSON
+        self.layout = Layout(length, piece_size)
+        self.have = 0  # bit mask of the pieces that are here and true
+        self._lock = threading.Lock()
+        self._seals = {}  # type: Dict[int, Seal]
+        self._md5s = {}  # type: Dict[int, str]
+        self._fd = -1
+        self._journal_fd = -1
+        self._journal_inode = 0  # which journal a reader has read,
+        self._read_to = 0  # and how far
+
+    # -- beginnings -----------------------------------------------------------
+
+    @classmethod
+    def create(cls, data: str, journal: str, about: Dict[str, Any], length: Optional[int], piece_size: int) -> "TaskFile":
+        """Return a new, empty one in place of whatever was there.  Raises NoSpace, CannotWrite."""
+        self = cls(data, journal, about, length, piece_size)
+        try:
+            self._fd = os.open(data, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._own()
+            os.ftruncate(self._fd, 0)
+            self._rewrite()
+        except OSError as error:
+            self.close()
+            raise os_error(error, data)
+        return self
+
+    @classmethod
+    def resume(cls, data: str, journal: str) -> Optional["TaskFile"]:
+        """Return what an earlier process left, its pieces still only claimed (`claimed`); None if nothing usable.
+        Raises CannotWrite while another process writes it."""
+        self = cls(data, journal, {}, None, MIB)
+        try:
+            self._fd = os.open(data, os.O_RDWR | os.O_CLOEXEC)
+            self._own()
+            self.refresh()
+        except OSError:
+            self.close()
+            return None
+        except CannotWrite:
+            self.close()
+            raise
+        if not self.about:
+            self.close()
+            return None
+        self.have = 0
+        return self
+
+    @classmethod
+    def attach(cls, data: str, journal: str) -> "TaskFile":
+        """Return a reader of a file that another process of this host writes.  Raises CannotWrite."""
+        self = cls(data, journal, {}, None, MIB)
+        try:
+            self._fd = os.open(data, os.O_RDONLY | os.O_CLOEXEC)
+            self.refresh()
+        except OSError as error:
+            self.close()
+            raise os_error(error, data)
+        return self
+
+    def _own(self) -> None:
+        """Make sure that no other process writes this file.  Raises CannotWrite."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise CannotWrite("%s: another download is writing it" % self.data)
+
+    def close(self) -> None:
+        """Let go of the files; they stay."""
+        with self._lock:
+            for fd in (self._fd, self._journal_fd):
+                if fd >= 0:
+                    os.close(fd)
+            self._fd = self._journal_fd = -1
+
+    def delete(self) -> None:
+        """Remove data and journal from the disk."""
+        self.close()
+        remove(self.data)
+        remove(self.journal)
+
+    # -- the journal -----------------------------------------------------------
+
+    @staticmethod
+    def _line(text: str) -> bytes:
+        data = text.encode()
+        return data + b" %08x\n" % zlib.crc32(data)
+
+    @staticmethod
+    def _piece_line(num: int, seal: Seal) -> bytes:
+        return TaskFile._line("piece %d %d %s %d" % (num, seal.length, seal.sha256, seal.crc))
+
+    def _rewrite(self) -> None:
+        """Write the journal anew with just what is true now.  Raises OSError, CannotWrite."""
+        lines = [self._line("task " + json.dumps(dict(self.about, piece_size=self.layout.size), sort_keys=True))]
+        if self.layout.length is not None:
+            lines.append(self._line("length %d" % self.layout.length))
+        lines += [self._piece_line(num, seal) for num, seal in sorted(self._seals.items())]
+        with self._lock:
+            if self._journal_fd >= 0:
+                os.close(self._journal_fd)
+            write_whole(self.journal, b"".join(lines))
+            self._journal_fd = os.open(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+
+    def _append_locked(self, line: bytes) -> None:
+        if self._journal_fd < 0:
+            return
+        try:
+            if os.write(self._journal_fd, line) != len(line):
+                raise NoSpace(self.journal)
+        except OSError as error:
+            raise os_error(error, self.journal)
+
+    def refresh(self) -> None:
+        """Read what the journal has gained; stop before the first line that is torn or not ours.  Raises OSError."""
+        with self._lock:
+            with open(self.journal, "rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._journal_inode:  # written anew: what was dropped is not in it
+                    self._journal_inode, self._read_to, self.have = inode, 0, 0
+                file.seek(self._read_to)
+                for raw in file:
+                    text, _, check = raw[:-1].rpartition(b" ")
+                    if raw[-1:] != b"\n" or check != b"%08x" % zlib.crc32(text) or not self._replay_locked(text.decode()):
+                        break
+                    self._read_to += len(raw)
+
+    def _replay_locked(self, text: str) -> bool:
+        kind, _, rest = text.partition(" ")
+        if kind == "task":
+            self.about = json.loads(rest)
+            self.layout = Layout(None, self.about.pop("piece_size"))
+        elif kind == "length":
+            self.layout = Layout(int(rest), self.layout.size)
+        elif kind == "piece":
+            num, length, sha256, crc = rest.split(" ")
+            self._seals[int(num)] = Seal(sha256, int(crc), int(length))
+            self.have |= 1 << int(num)
+        return kind in ("task", "length", "piece")
+
+    # -- facts -------------------------------------------------------------------
+
+    @property
+    def claimed(self) -> int:
+        """How many pieces the journal speaks of."""
+        return len(self._seals)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the length is known and every piece is here."""
+        return self.layout.count is not None and self.have == (1 << self.layout.count) - 1
+
+    @property
+    def kept_bytes(self) -> int:
+        """How many plain bytes are here and true."""
+        with self._lock:
+            return sum(seal.length for seal in self._seals.values())
+
+    def seal(self, num: int) -> Optional[Seal]:
+        """Return the digests of piece `num`, None while it is not here."""
+        return self._seals.get(num) if self.have >> num & 1 else None
+
+    def missing(self) -> int:
+        """Return the bit mask of the pieces that are not here; the length must be known."""
+        assert self.layout.count is not None
+        return (1 << self.layout.count) - 1 & ~self.have
+
+    def set_length(self, length: int) -> None:
+        """Note the file's length, once it is known, and cut the file to it.  Raises NoSpace, CannotWrite."""
+        with self._lock:
+            if self.layout.length == length:
+                return
+            self.layout = Layout(length, self.layout.size)
+            self._append_locked(self._line("length %d" % length))
+
+    def need_space(self) -> None:
+        """Check that the rest of the file fits on the disk.  Raises NoSpace."""
+        if self.layout.length is None:
+            return
+        folder = os.path.dirname(os.path.abspath(self.data))
+        need, free = self.layout.length - os.fstat(self._fd).st_blocks * 512, free_bytes(folder)
+        if need > free:
+            raise NoSpace(folder, need, free)
+
+    # -- bytes -------------------------------------------------------------------
+
+    def write(self, offset: int, plain: Any) -> None:
+        """Write plain bytes at an offset; they count only once `seal_piece` has been called.
+        Raises NoSpace, CannotWrite."""
+        try:
+            done = os.pwrite(self._fd, plain, offset)
+            while done < len(plain):  # a disk that fills up takes a part first
+                done += os.pwrite(self._fd, plain[done:], offset + done)
+        except OSError as error:
+            raise os_error(error, self.data)
+
+    def seal_piece(self, num: int, seal: Seal) -> None:
+        """Declare that piece `num` has been written and has these digests.  Raises NoSpace, CannotWrite."""
+        with self._lock:
+            self._append_locked(self._piece_line(num, seal))
+            self._seals[num] = seal
+            self._md5s.pop(num, None)
+            self.have |= 1 << num
+
+    def drop(self, nums: List[int]) -> None:
+        """Forget pieces that turned out to be wrong.  Raises CannotWrite."""
+        with self._lock:
+            for num in nums:
+                self._seals.pop(num, None)
+                self.have &= ~(1 << num)
+        self._rewrite()
+
+    def _read(self, offset: int, length: int) -> Iterator[Any]:
+        """Yield bytes of the file, some at a time; what is yielded is valid until the next turn."""
+        end, buffer = offset + length, memoryview(bytearray(min(length, 1 << 18)))
+        while offset < end:
+            if hasattr(os, "preadv"):  # 3.7; saves a new page for every page read
+                count = os.preadv(self._fd, [buffer[:end - offset]], offset)
+                data = buffer[:count]
+            else:
+                data = memoryview(os.pread(self._fd, min(end - offset, 1 << 18), offset))
+            if not data:
+                return
+            offset += len(data)
+            yield data
+
+    def reread(self, num: int, strong: bool) -> bool:
+        """Read piece `num` back from the disk and return whether it still is what its seal says.
+
+        By SHA-256 if `strong` (an earlier process wrote it) or if the seal has nothing else, else by CRC-32 (this one
+        did, from bytes with the right SHA-256: what is looked for is a write that went astray, and this costs a third).
+        """
+        seal = self._seals[num]
+        strong = strong or not seal.crc
+        offset, crc, digest = num * self.layout.stride, 0, hashlib.sha256()
+        for data in self._read(offset, seal.length):
+            if strong:
+                digest.update(data)
+            else:
+                crc = zlib.crc32(data, crc)
+        return digest.hexdigest() == seal.sha256 if strong else crc == seal.crc
+
+    def verify(self, on_piece: Callable[[int], None] = lambda num: None) -> int:
+        """Digest every claimed piece of a resumed file again, keep what is true, and return how many were not.
+
+        `on_piece` is told of each true piece as it is found.  Raises CannotWrite.
+        """
+        false = []
+        for num in sorted(self._seals):
+            try:
+                right = self._seals[num].length == self.layout.content_range(num)[1] and self.reread(num, strong=True)
+            except NoSuchPiece:
+                right = False
+            if right:
+                with self._lock:
+                    self.have |= 1 << num
+                on_piece(num)
+            else:
+                false.append(num)
+        self.drop(false)
+        return len(false)
+
+    def wrapped_md5(self, num: int) -> str:
+        """Return `<md5>:<len>` of the wrapped piece `num`, which the old wire wants.  Raises NoMd5, NoSuchPiece.  Wire: 3.2"""
+        if num not in self._md5s:
+            digest = PieceDigest(self.layout.head(num))
+            for data in self.read_plain(num):
+                digest.update(data)
+            self._md5s[num] = digest.wrapped_md5()
+        return self._md5s[num]
+
+    def wrapped_body(self, start: int, end: int) -> List[Any]:
+        """Return bytes [start, end) of the wrapped file as segments of an answer.
+
+        Raises NoSuchPiece where a piece of them is not here.  Wire: 5.3
+        """
+        segments = []  # type: List[Any]
+        layout = self.layout
+        try:
+            for num in range(start // layout.size, (end - 1) // layout.size + 1):
+                if not self.have >> num & 1:
+                    raise NoSuchPiece("piece %d is not here" % num)
+                base = num * layout.size
+                wrapped = layout.content_range(num)[1] + WRAP
+                for data, offset, count in layout.spans(num, max(start - base, 0), min(end - base, wrapped)):
+                    segments.append(FileSpan(os.dup(self._fd), offset, count) if count else data)
+        except BaseException:
+            Response(200, segments).close()
+            raise
+        return segments
+
+    def plain_body(self, start: int, end: int) -> List[Any]:
+        """Return bytes [start, end) of the plain file as segments of an answer."""
+        return [FileSpan(os.dup(self._fd), start, end - start)] if end > start else [b""]
+
+    def read_plain(self, num: int) -> Iterator[Any]:
+        """Yield the plain bytes of piece `num`, some at a time."""
+        return self._read(*self.layout.content_range(num))
+
+    def stamp(self) -> Tuple[int, int, int]:
+        """Return what changes when somebody edits the file: size, time of change, inode."""
+        stat = os.fstat(self._fd)
+        return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+    def publish(self, path: str, mode: int) -> None:
+        """Give the finished file its name.  The descriptor stays, and goes on being served.  Raises CannotWrite."""
+        try:
+            if os.fstat(self._fd).st_size != self.layout.length:  # an equal one would touch the time of change
+                os.ftruncate(self._fd, self.layout.length or 0)
+            os.fchmod(self._fd, mode)
+            os.rename(self.data, path)
+        except OSError as error:
+            raise os_error(error, path)
+        self.data = path
+        remove(self.journal)
+
+
+class Md5Follower:
+    """Computes the MD5 of a whole file behind its growth, on a thread of its own, since only the old wire and --md5
+    want it and it is the slowest thing we ever do to a byte.  `step` it by calling `nudge` when pieces arrive."""
+
+    def __init__(self, store: TaskFile, on_done: Callable[[], None] = lambda: None) -> None:
+        self._store, self._on_done = store, on_done
+        self._md5 = new_md5()
+        self._event = threading.Event()
+        self._stopping = False
+        self.digest = ""  # hex, once the last piece is in
+        self._thread = threading.Thread(target=self._run, name="dfly-md5", daemon=True)
+        self._thread.start()
+
+    def nudge(self) -> None:
+        """Look for new pieces."""
+        self._event.set()
+
+    def stop(self) -> None:
+        """Give up."""
+        self._stopping = True
+        self._event.set()
+
+    def wait(self) -> str:
+        """Return the digest of a complete file."""
+        self._event.set()
+        self._thread.join()
+        return self.digest
+
+    def _run(self) -> None:
+        num, store = 0, self._store
+        while not self._stopping and (store.layout.count is None or num < store.layout.count):
+            if not store.have >> num & 1:
+                self._event.wait(1.0)
+                self._event.clear()
+                continue
+            for data in store.read_plain(num):
+                self._md5.update(data)
+            num += 1
+        if not self._stopping:
+            self.digest = self._md5.hexdigest()
+            self._on_done()
+
+
+# ==============================================================================
+# 8. Origin
+#    Everything that is asked of the source station: whole, ranged and conditional
+#    GET, redirects, proxies, headers, TLS; and reading a body into pieces.
+#    By urllib, which is imported only where an origin is really asked.
+# ==============================================================================
+
+#: Addresses that only ever lead to a machine's own secrets; a supernode fetches for strangers.  Wire: 16 (3)
+FORBIDDEN_NETWORKS = ("169.254.", "fe80:", "::ffff:169.254.")
+
+
+class Origin:
+    """A URL with everything needed to ask for it.  Immutable; used by any thread."""
+
+    TIMEOUT_S = 30.0  # without a byte
+
+    def __init__(self, url: str, headers: Any = (), insecure: bool = False, cacerts: Any = (), guarded: bool = False) -> None:
+        self.url = url
+        self.headers = collections.OrderedDict()  # type: Dict[str, str]
+        for name, value in headers:
+            known = next((k for k in self.headers if k.lower() == name.lower()), name)
+            self.headers[known] = self.headers[known] + "," + value if known in self.headers else value
+        self.insecure = insecure  # whatever certificate it has is good
+        self.cacerts = tuple(cacerts)  # more CAs: paths of PEM files, or PEM text
+        self.guarded = guarded  # refuse FORBIDDEN_NETWORKS
+        match = re.match(r"^bytes=(\d+)-(\d*)$", self.header("range"))
+        self.base = int(match.group(1)) if match else 0  # where in the origin's file our file begins
+        self.limit = int(match.group(2)) + 1 if match and match.group(2) else None  # and where it ends
+
+    def header(self, name: str) -> str:
+        """Return a header that the user gave, "" if he did not."""
+        return next((value for key, value in self.headers.items() if key.lower() == name), "")
+
+    def credentials(self) -> str:
+        """Return a fingerprint of what this asker would show the origin.  Two equal ones may read the same."""
+        shown = sorted((k.lower(), v) for k, v in self.headers.items() if k.lower() not in ("range", "user-agent", "accept", "x-forwarded-for"))
+        return hashlib.sha256(json.dumps(shown).encode()).hexdigest() if shown else ""
+
+    def open(self, start: int = 0, end: Optional[int] = None, headers: Any = (), method: str = "GET") -> "OriginReply":
+        """Ask for bytes [start, end) (all, if both are left out) of our file; return the answer once its head is there.
+
+        A 304 is an answer; other failures raise SourceError, NeedAuth, TlsError, TimedOut.
+        """
+        import http.client
+        import ssl
+        import urllib.error
+        import urllib.request
+        self._check_address()
+        request = urllib.request.Request(self.url, method=method)
+        for name, value in list(self.headers.items()) + list(headers):
+            if name.lower() not in ("range", "host", "accept-encoding", "content-length", "connection"):
+                request.add_unredirected_header(name, value) if name.lower() in ("authorization", "cookie") else request.add_header(name, value)
+        if not self.header("user-agent"):
+            request.add_header("User-Agent", "dfly/" + VERSION)
+        ranged = bool(start or end is not None or self.base or self.limit is not None)
+        if ranged:
+            stop = self.base + end if end is not None else self.limit
+            request.add_header("Range", "bytes=%d-%s" % (self.base + start, "" if stop is None else stop - 1))
+        try:
+            response = self._opener(urllib.request, ssl).open(request, timeout=self.TIMEOUT_S)
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code == 304:
+                return OriginReply(self, error, start, ranged)
+            raise self._refusal(error.code)
+        except (urllib.error.URLError, OSError, http.client.HTTPException, ValueError) as error:
+            raise self._failure(getattr(error, "reason", error), ssl)
+        return OriginReply(self, response, start, ranged)
+
+    def _refusal(self, status: int) -> SourceError:
+        if status in (401, 407):
+            return NeedAuth("%s: authentication needed (%d)" % (self.url, status), status)
+        return SourceError("%s: the origin answers %d" % (self.url, status), status)
+
+    def _failure(self, reason: Any, ssl: Any) -> DflyError:
+        if isinstance(reason, socket.timeout) or "timed out" in str(reason):
+            return SourceError("%s: the origin does not answer within %d s" % (self.url, self.TIMEOUT_S))
+        if isinstance(reason, (ssl.SSLError, ssl.CertificateError)):
+            return TlsError("%s: %s" % (self.url, getattr(reason, "verify_message", "") or getattr(reason, "reason", "") or reason))
+        return SourceError("%s: %s" % (self.url, getattr(reason, "strerror", None) or reason or type(reason).__name__))
+
+    def _check_address(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme.lower() not in ("http", "https") or not parts.hostname:
+            raise BadRequest("not an http(s) URL: %.200r" % self.url)
+        if self.guarded:
+            try:
+                found = {info[4][0] for info in socket.getaddrinfo(parts.hostname, None)}
+            except (OSError, UnicodeError):
+                return  # the request itself will say it better
+            if any(address.lower().startswith(FORBIDDEN_NETWORKS) for address in map(str, found)):
+                raise SourceError("%s: link-local addresses are not fetched for others" % self.url, 403)
+
+    def _opener(self, urllib_request: Any, ssl: Any) -> Any:
+        handlers = []
+        if self.url.lower().startswith("https") or self.cacerts or self.insecure:
+            context = ssl.create_default_context()
+            for ca in self.cacerts:
+                try:
+                    context.load_verify_locations(**({"cadata": ca} if "-----BEGIN" in ca else {"cafile": ca}))
+                except (OSError, ssl.SSLError) as error:
+                    raise BadUsage("--cacerts %.80s: %s" % (ca, error.strerror or error))
+            if self.insecure:
+                context.check_hostname = False
+                context.verify_mode = ssl.CERT_NONE
+            handlers.append(urllib_request.HTTPSHandler(context=context))
+        origin = self
+
+        class Redirects(urllib_request.HTTPRedirectHandler):
+            """Keeps credentials on the host they were given for, and looks at each new address."""
+
+            def redirect_request(self, request: Any, *args: Any) -> Any:
+                following = super().redirect_request(request, *args)
+                if following is not None:
+                    Origin(following.full_url, guarded=origin.guarded)._check_address()
+                    if urlsplit(following.full_url).netloc == urlsplit(request.full_url).netloc:
+                        following.unredirected_hdrs.update(request.unredirected_hdrs)
+                return following
+
+            http_error_308 = urllib_request.HTTPRedirectHandler.http_error_302  # 3.11 is the first that knows it
+
+        return urllib_request.build_opener(Redirects(), *handlers)
+
+
+class OriginReply:
+    """An origin's answer: what file it is, where in our file its body begins, and the body."""
+
+    def __init__(self, origin: Origin, response: Any, start: int, ranged: bool) -> None:
+        self._origin, self._response = origin, response
+        headers = response.headers
+        self.status = response.code
+        self.etag = headers.get("ETag", "")
+        self.modified = headers.get("Last-Modified", "")
+        self.ranges = self.status == 206 or headers.get("Accept-Ranges", "").lower() == "bytes"
+        length = headers.get("Content-Length", "")
+        self.body_length = int(length) if re.match(r"^\d{1,18}$", length) and not headers.get("Transfer-Encoding") else None
+        self.start = start if self.status == 206 else -origin.base  # of the body, in our file
+        self.length = self._whole_length(headers.get("Content-Range", ""))  # of our file; None: not known
+        if self.status == 206 and ranged:
+            match = re.match(r"^bytes (\d+)-", headers.get("Content-Range", ""))
+            if not match or int(match.group(1)) != origin.base + start:
+                self.close()
+                raise SourceError("%s: asked from byte %d on, the origin sends %r" % (
+                    origin.url, origin.base + start, headers.get("Content-Range", "")))
+
+    def _whole_length(self, content_range: str) -> Optional[int]:
+        match = re.match(r"^bytes \d+-\d+/(\d+)$", content_range) if self.status == 206 else None
+        whole = int(match.group(1)) if match else self.body_length if self.status == 200 else None
+        if whole is None:
+            return None
+        stop = whole if self._origin.limit is None else min(whole, self._origin.limit)
+        return max(0, stop - self._origin.base)
+
+    @property
+    def version(self) -> str:
+        """What tells this file from the next one under the same URL; "" when the origin says nothing of the kind."""
+        if not (self.etag or self.modified):
+            return ""
+        return "%s|%s|%s" % (self.etag, self.modified, "" if self.length is None else self.length)
+
+    def read_into(self, view: Any) -> int:
+        """Fill as much of `view` as comes; return the count, 0 at the end.  Raises SourceError."""
+        import http.client
+        try:
+            return self._response.readinto(view)
+        except socket.timeout:
+            raise SourceError("%s: the origin has been silent for %d s" % (self._origin.url, self._origin.TIMEOUT_S))
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise SourceError("%s: %s" % (self._origin.url, getattr(error, "strerror", None) or error or type(error).__name__))
+
+    def close(self) -> None:
+        """Hang up."""
+        self._response.close()
+
+
+def if_none_match(version: str) -> List[Tuple[str, str]]:
+    """Return the headers that make the origin answer 304 while it still has `version`.  Wire: 10.3"""
+    etag, modified, _ = version.split("|")
+    return [pair for pair in (("If-None-Match", etag), ("If-Modified-Since", modified)) if pair[1]]
+
+
+def if_range(version: str) -> List[Tuple[str, str]]:
+    """Return the header that makes the origin send the whole file when it no longer has `version`."""
+    etag, modified = version.split("|")[:2] if version else ("", "")
+    mark = etag if etag and not etag.startswith("W/") else modified
+    return [("If-Range", mark)] if mark else []
+
+
+class Filler:
+    """Fills a TaskFile from an origin: what is missing, in order, resuming where a connection breaks.
+
+    The same class feeds the supernode's cache and a client that goes back to source.  The caller's thread reads; two
+    of its own digest and write the pieces behind it, since SHA-256 takes three times as long as the reading.
+    """
+
+    CHUNK = 1 << 18  # bytes read at once
+    TRIES = 3  # connections without a new byte before it gives up
+    PAUSE_S = 0.5  # before the second of them; doubled each time
+    HANDS = 2  # threads behind the reader; each has a piece in memory, and the reader one
+
+    def __init__(self, origin: Origin, store: TaskFile, bucket: TokenBucket, on_piece: Callable[[int], None],
+                 on_length: Callable[[], None] = lambda: None, stopped: Callable[[], bool] = lambda: False,
+                 sleep: Callable[[float], None] = time.sleep) -> None:
+        self.origin, self.store = origin, store
+        self._bucket = bucket
+        self._on_piece, self._on_length, self._stopped = on_piece, on_length, stopped
+        self._sleep = sleep
+        self.read_bytes = 0  # from the origin, in all
+        self._work = queue.Queue()  # type: queue.Queue  # (num, buffer, length) to digest and write
+        self._buffers = queue.Queue()  # type: queue.Queue  # that are free
+        self._error = None  # type: Optional[DflyError]  # of the hands
+        self._threads = []  # type: List[threading.Thread]
+
+    def fill(self, first: Optional[OriginReply] = None) -> None:
+        """Fetch every missing piece; `first` is an answer that is already open and whose body is to be used.
+
+        Raises SourceError and its kin, NoSpace, CannotWrite, Stalled when told to stop.
+        """
+        for number in range(self.HANDS + 1):
+            self._buffers.put(bytearray(self.store.layout.stride))
+        self._threads = [threading.Thread(target=self._hand, name="dfly-fill-%d" % i, daemon=True) for i in range(self.HANDS)]
+        for thread in self._threads:
+            thread.start()
+        try:
+            self._fill(first)
+        finally:
+            for _ in self._threads:
+                self._work.put(None)
+            for thread in self._threads:
+                thread.join()
+
+    def _fill(self, first: Optional[OriginReply]) -> None:
+        failures = 0
+        while not self.store.complete:
+            before = self.read_bytes
+            try:
+                reply = first or self._reopen()
+                first = None
+                self._drink(reply)
+            except (NeedAuth, SourceChanged):
+                raise
+            except SourceError as error:
+                failures = failures + 1 if self.read_bytes == before else 1
+                if failures >= self.TRIES or error.status in (403, 404, 410, 416) or self._stopped():
+                    raise
+                self._sleep(self.PAUSE_S * 2 ** (failures - 1))
+
+    def _reopen(self) -> OriginReply:
+        """Ask for the first run of missing bytes.  Raises SourceChanged when it is another file now."""
+        layout = self.store.layout
+        start, end = self._first_gap()
+        old = self.store.about.get("version", "")
+        if not start and (end is None or end == layout.length):
+            reply = self.origin.open()
+        else:
+            reply = self.origin.open(start, end, if_range(old))
+        if (old or self.store.have) and (reply.version != old or (layout.length is not None and reply.length not in (None, layout.length))):
+            reply.close()
+            raise SourceChanged("%s: the origin has another file now" % self.origin.url)
+        return reply
+
+    def _first_gap(self) -> Tuple[int, Optional[int]]:
+        """Return [start, end) in bytes of the first run of missing pieces; end None: to the end."""
+        layout, have = self.store.layout, self.store.have
+        first = 0
+        while have >> first & 1:
+            first += 1
+        if not have >> first:
+            return first * layout.stride, layout.length
+        last = first
+        while not have >> last & 1:
+            last += 1
+        return first * layout.stride, last * layout.stride
+
+    def _drink(self, reply: OriginReply) -> None:
+        """Read one body into pieces.  It may start in front of our file (the origin ignores Range) and run through
+        pieces that are here."""
+        position = reply.start
+        try:
+            if reply.length is not None and self.store.layout.length is None:
+                self._set_length(reply.length)
+            position = self._skip(reply, position, 0)
+            while not self._past_end(position):
+                layout, num = self.store.layout, position // self.store.layout.stride
+                stop = (num + 1) * layout.stride if layout.length is None else min((num + 1) * layout.stride, layout.length)
+                if position > num * layout.stride or self.store.have >> num & 1:
+                    ended = self._skip(reply, position, stop)
+                    ended, position = ended == position, ended
+                else:
+                    position, ended = self._piece(reply, num, stop)
+                if ended:
+                    break
+        finally:
+            reply.close()
+            self._settle()
+
+    def _past_end(self, position: int) -> bool:
+        return self.store.layout.length is not None and position >= self.store.layout.length > 0
+
+    def _set_length(self, length: int) -> None:
+        self.store.set_length(length)
+        self.store.need_space()
+        self._on_length()
+
+    def _skip(self, reply: OriginReply, position: int, stop: int) -> int:
+        """Read and forget the body up to `stop`; return where that ended."""
+        buffer = memoryview(bytearray(min(self.CHUNK, max(0, stop - position))))
+        while position < stop:
+            count = self._read(reply, buffer[:stop - position])
+            if not count:
+                raise SourceError("%s: the origin hung up after %d bytes" % (self.origin.url, max(position, 0)))
+            position += count
+        return position
+
+    def _read(self, reply: OriginReply, view: Any) -> int:
+        """Read at most a chunk, in the time that the limit gives; return the bytes read, 0 at the end."""
+        if self._stopped():
+            raise Stalled("stopped")
+        if self._error:
+            raise self._error
+        view = view[:self._bucket.chunk(self.CHUNK)]
+        self._bucket.take(len(view))
+        count = reply.read_into(view)
+        self.read_bytes += count
+        return count
+
+    def _piece(self, reply: OriginReply, num: int, stop: int) -> Tuple[int, bool]:
+        """Read piece `num`, which ends at `stop`, and have it written; return the new position and whether the body has ended."""
+        layout = self.store.layout
+        buffer = self._buffers.get()
+        view, got, size = memoryview(buffer), 0, stop - num * layout.stride
+        try:
+            while got < size:
+                count = self._read(reply, view[got:size])
+                if not count:
+                    break
+                got += count
+        except BaseException:
+            self._buffers.put(buffer)
+            raise
+        position, short = num * layout.stride + got, got < size
+        if short and (layout.length is not None or reply.body_length is not None):
+            self._buffers.put(buffer)
+            raise SourceError("%s: the origin hung up after %d bytes" % (self.origin.url, position))
+        if short:
+            self._set_length(position)
+            if not got and num:  # the body ended just with the piece before
+                self._buffers.put(buffer)
+                return position, True
+        self._work.put((num, buffer, got))
+        return position, short or not size
+
+    def _settle(self) -> None:
+        """Wait until everything read has been written.  Raises what a hand has met."""
+        self._work.join()
+        if self._error:
+            raise self._error
+
+    def _hand(self) -> None:
+        """The life of a thread that digests and writes."""
+        for num, buffer, length in iter(self._work.get, None):
+            try:
+                if not self._error:
+                    self._store_piece(num, memoryview(buffer)[:length])
+            except DflyError as error:
+                self._error = error
+            finally:
+                self._buffers.put(buffer)
+                self._work.task_done()
+
+    def _store_piece(self, num: int, view: Any) -> None:
+        digest = PieceDigest()
+        for at in range(0, len(view), self.CHUNK):
+            digest.update(view[at:at + self.CHUNK])
+            self.store.write(num * self.store.layout.stride + at, view[at:at + self.CHUNK])
+        self.store.seal_piece(num, digest.seal())
+        self._on_piece(num)
+
+
+# ==============================================================================
+# 9. Scheduler
+#    stand-in
+# ==============================================================================
+REFUSED, STALLED, WRONG_BYTES, GONE, OTHER = "refused", "stalled", "digest", "gone", "other"
+SEED = ""
+
+
+class Assignment(NamedTuple):
+    """x"""
+    num: int
+    holder: str
+
+
+class Why(NamedTuple):
+    """x"""
+    missing: int
+    num: int
+    seeded: bool
+    holders: int
+
+
+class _P:
+    def __init__(self):
+        self.have = 0; self.infl = {}; self.mail = []; self.room = 0; self.serves = True; self.legacy = False
+
+
+class Scheduler:
+    """x"""
+    def __init__(self, up_slots=2, seed_slots=3, rng=None):
+        self.t = {}; self.w = set()
+    def add_task(self, tid, count=None):
+        if tid in self.t: self.t[tid]["count"] = count if count is not None else self.t[tid]["count"]
+        else: self.t[tid] = dict(count=count, seeded=0, peers={})
+    def set_count(self, tid, count, now):
+        self.t[tid]["count"] = count; self._all(tid)
+    def seeded(self, tid, num, now):
+        self.t[tid]["seeded"] |= 1 << num; self._all(tid)
+    def unseeded(self, tid, num, now):
+        self.t[tid]["seeded"] &= ~(1 << num)
+    def drop_task(self, tid): self.t.pop(tid, None)
+    def add_peer(self, tid, cid, host, location, now, have=0, serves=True, legacy=False, seed_only=False):
+        p = self.t[tid]["peers"][cid] = _P(); p.have = have; p.serves = serves; p.legacy = legacy
+    def drop_peer(self, tid, cid, now): self.t[tid]["peers"].pop(cid, None)
+    def leave(self, tid, cid, now):
+        p = self.t[tid]["peers"].get(cid)
+        if p: p.room = 0
+    def request(self, tid, cid, room, now, queue=0):
+        p = self.t[tid]["peers"][cid]; p.room = room; self._go(tid, cid)
+    def done(self, tid, cid, num, now, holder=None, seconds=None, nbytes=None, servable=True):
+        p = self.t[tid]["peers"][cid]; p.have |= 1 << num; p.infl.pop(num, None)
+    def failed(self, tid, cid, num, holder, why, now):
+        self.t[tid]["peers"][cid].infl.pop(num, None)
+    def tick(self, now): pass
+    def inflight(self, tid, cid): return [Assignment(n, h) for n, h in self.t[tid]["peers"][cid].infl.items()]
+    def take(self, tid, cid):
+        p = self.t[tid]["peers"][cid]; m, p.mail = p.mail, []; return m
+    def woken(self):
+        w, self.w = self.w, set(); return list(w)
+    def finished(self, tid, cid):
+        t = self.t[tid]; return t["count"] is not None and t["peers"][cid].have == (1 << t["count"]) - 1
+    def waiting_for(self, tid, cid, now): return Why(1, 0, False, 0)
+    def _all(self, tid):
+        for c in self.t[tid]["peers"]: self._go(tid, c)
+    def _go(self, tid, cid):
+        t = self.t[tid]; p = t["peers"][cid]
+        need = t["seeded"] & ~p.have
+        for n in nums_of(need):
+            if p.room <= 0: break
+            if n in p.infl: continue
+            hs = [c for c, q in t["peers"].items() if c != cid and q.have >> n & 1 and q.serves]
+            h = random.choice(hs + [SEED])
+            p.infl[n] = h; p.mail.append(Assignment(n, h)); p.room -= 1; self.w.add((tid, cid))
+
+
+# ==============================================================================
+# 10. CDN
+#    From origin to seed pieces: one fetch a task, the cache on disk, whether it is
+#    still what the origin has, and room for the next.  Knows no peers.
+# ==============================================================================
+
+
+class CdnEvents:
+    """What a CDN task tells its owner; called on the task's thread, without a lock."""
+
+    def on_known(self, task: "CdnTask") -> None:
+        """The origin has answered: the piece size is fixed, the length perhaps known."""
+
+    def on_length(self, task: "CdnTask") -> None:
+        """The length is known."""
+
+    def on_piece(self, task: "CdnTask", num: int) -> None:
+        """Piece `num` is on disk and its digest known."""
+
+    def on_end(self, task: "CdnTask") -> None:
+        """The fetch is over: `state` and `error` say how."""
+
+
+class CdnTask:
+    """The supernode's own copy of one task.  _lock guards state, error, store and _thread."""
+
+    WAITING, RUNNING, SUCCESS, FAILED = "WAITING", "RUNNING", "SUCCESS", "FAILED"
+
+    def __init__(self, cdn: "Cdn", task_id: str, url: str, events: CdnEvents) -> None:
+        self._cdn, self._events = cdn, events
+        self.task_id, self.url = task_id, url
+        self.state = self.WAITING
+        self.error = None  # type: Optional[DflyError]
+        self.store = None  # type: Optional[TaskFile]
+        self.ended_at = 0.0  # monotonic
+        self.version = ""  # names this very copy to peers that resume, also where the origin names none
+        self.origin_bytes = 0  # read from the origin, by all fetches
+        self._lock = threading.Lock()
+        self._thread = None  # type: Optional[threading.Thread]
+        self._stopping = False
+        self._speed = (0.0, 0)  # (when, bytes) the last time somebody asked how fast it is
+
+    @property
+    def path(self) -> str:
+        """Where its bytes lie.  Wire: 5.2"""
+        return os.path.join(self._cdn.folder, self.task_id[:3], self.task_id)
+
+    def ensure(self, origin: Origin) -> None:
+        """Begin to fetch, unless that is under way, done, or has failed a moment ago."""
+        with self._lock:
+            if self.state in (self.RUNNING, self.SUCCESS):
+                return
+            if self.state == self.FAILED and time.monotonic() < self.ended_at + self._cdn.retry_s:
+                return
+            self.state, self.error = self.RUNNING, None
+            self._thread = threading.Thread(target=self._run, args=(origin,), name="dfly-cdn-" + self.task_id[:8], daemon=True)
+            self._thread.start()
+
+    def refetch(self, num: int, origin: Origin) -> bool:
+        """Look at piece `num` again; when it is no longer what it was, fetch it anew and return True."""
+        store = self.store
+        if not store or not store.seal(num) or store.reread(num, strong=True):
+            return False
+        store.drop([num])
+        with self._lock:
+            if self.state == self.SUCCESS:
+                self.state = self.WAITING
+        self.ensure(origin)
+        return True
+
+    def rate(self, now: float) -> float:
+        """Return bytes per second from the origin since this was last asked, at least a second ago."""
+        then, count = self._speed
+        if now - then >= 1.0:
+            self._speed = (now, self.origin_bytes)
+        return (self.origin_bytes - count) / max(now - then, 0.1) if then else 0.0
+
+    def stop(self, limit_s: float = 5.0) -> None:
+        """End the fetch; what is on disk stays."""
+        self._stopping = True
+        thread = self._thread
+        if thread and thread is not threading.current_thread():
+            thread.join(limit_s)
+        if self.store:
+            self.store.close()
+
+    # -- on the task's thread ---------------------------------------------------
+
+    def _run(self, origin: Origin) -> None:
+        try:
+            self._fetch(origin)
+            self._end(self.SUCCESS, None)
+        except DflyError as error:
+            self._end(self.FAILED, error)
+        except Exception as error:  # a fault of ours: the peers must learn that nothing more will come
+            import traceback
+            self._cdn.log.error("task %s: %s", self.task_id, traceback.format_exc())
+            self._end(self.FAILED, DflyError("internal error: %s" % type(error).__name__))
+
+    def _end(self, state: str, error: Optional[DflyError]) -> None:
+        with self._lock:
+            self.state, self.error, self.ended_at = state, error, time.monotonic()
+        self._cdn.log.info("task %s %s: %s", self.task_id, state, error or self.url)
+        self._events.on_end(self)
+
+    def _fetch(self, origin: Origin) -> None:
+        if self.store:  # only a piece or the rest is missing
+            self._fill(origin, None)
+            return
+        kept = TaskFile.resume(self.path, self.path + ".journal")
+        version = kept.about.get("version", "") if kept else ""
+        if kept and not version:
+            kept.close()
+            kept = None  # nothing could tell us whether it is still the origin's file
+        reply = self._ask(origin, kept)
+        if kept and (reply is None or reply.status == 304 or reply.version == version):
+            self._reuse(origin, kept, reply)
+            return
+        if kept:
+            kept.close()
+        assert reply
+        self._anew(origin, reply)
+
+    def _ask(self, origin: Origin, kept: Optional[TaskFile]) -> Optional[OriginReply]:
+        """Ask the origin for the file, or whether it has changed; None when it can't be reached and we have it all."""
+        whole = kept is not None and kept.layout.count is not None and kept.claimed == kept.layout.count
+        try:
+            return origin.open(headers=if_none_match(kept.about["version"]) if kept else ())
+        except NeedAuth:
+            raise
+        except SourceError as error:
+            if not whole or error.status:
+                raise
+            self._cdn.log.warn("task %s: %s; serving what was fetched before", self.task_id, error)
+            return None
+
+    def _reuse(self, origin: Origin, kept: TaskFile, reply: Optional[OriginReply]) -> None:
+        """Go on with what an earlier run has fetched: announce what is still true, fetch the rest."""
+        self._adopt(kept)
+        if reply and reply.status == 304:
+            reply.close()
+            reply = None
+        wrong = kept.verify(lambda num: self._events.on_piece(self, num))
+        if wrong:
+            self._cdn.log.warn("task %s: %d cached pieces were damaged", self.task_id, wrong)
+        if reply and kept.complete:
+            reply.close()
+            return
+        self._fill(origin, reply)
+
+    def _anew(self, origin: Origin, reply: OriginReply) -> None:
+        """Fetch the file that `reply` begins."""
+        size = choose_piece_size(reply.length)
+        make_folder(os.path.dirname(self.path))
+        about = {"task": self.task_id, "url": self.url, "version": reply.version}
+        try:
+            if reply.length:
+                self._cdn.make_room(reply.length, self.task_id)
+            store = TaskFile.create(self.path, self.path + ".journal", about, reply.length, size)
+        except DflyError:
+            reply.close()
+            raise
+        self._adopt(store)
+        self._fill(origin, reply)
+
+    def _adopt(self, store: TaskFile) -> None:
+        self.store = store
+        self.version = store.about["version"] or "once %.6f" % time.time()
+        self._events.on_known(self)
+
+    def _fill(self, origin: Origin, reply: Optional[OriginReply]) -> None:
+        assert self.store
+        store, start = self.store, self.origin_bytes
+
+        def on_piece(num: int) -> None:
+            self.origin_bytes = start + filler.read_bytes
+            self._events.on_piece(self, num)
+
+        filler = Filler(origin, store, self._cdn.bucket, on_piece, lambda: self._events.on_length(self), lambda: self._stopping)
+        try:
+            filler.fill(reply)
+        except SourceChanged:
+            remove(store.journal)  # its first part is of no use to a later run
+            raise
+        finally:
+            self.origin_bytes = start + filler.read_bytes
+
+
+class Cdn:
+    """The cache folder of a supernode: where tasks lie, which may go.  _lock guards _tasks."""
+
+    def __init__(self, home: str, log: Log, bucket: TokenBucket, retry_s: float, reserve_bytes: int) -> None:
+        self.folder = make_folder(os.path.join(home, "repo", "download"))
+        self.log, self.bucket = log, bucket
+        self.retry_s = retry_s  # how long a failure stands before the origin is asked again
+        self.reserve = reserve_bytes  # of the disk, kept free
+        self._lock = threading.Lock()
+        self._tasks = {}  # type: Dict[str, CdnTask]
+
+    def task(self, task_id: str, url: str, events: CdnEvents) -> CdnTask:
+        """Return the task of that id, made if it is new."""
+        with self._lock:
+            if task_id not in self._tasks:
+                self._tasks[task_id] = CdnTask(self, task_id, url, events)
+            return self._tasks[task_id]
+
+    def release(self, task_id: str) -> None:
+        """Forget a task that nobody uses any more; its bytes stay in the cache."""
+        with self._lock:
+            task = self._tasks.pop(task_id, None)
+        if task:
+            task.stop()
+
+    def delete(self, task_id: str) -> None:
+        """Forget a task and remove its bytes."""
+        self.release(task_id)
+        self._remove(os.path.join(self.folder, task_id[:3], task_id))
+
+    def stop(self) -> None:
+        """End all fetches."""
+        with self._lock:
+            tasks = list(self._tasks)
+        for task_id in tasks:
+            self.release(task_id)
+
+    def _remove(self, path: str) -> None:
+        remove(path + ".journal")
+        remove(path)
+
+    def idle_files(self) -> List[Tuple[float, int, str]]:
+        """Return (last use, bytes, path) of every cached file that no task in memory uses, oldest use first."""
+        found = []
+        with self._lock:
+            active = set(self._tasks)
+        for folder, _, names in os.walk(self.folder):
+            for name in names:
+                path = os.path.join(folder, name)
+                if re.match(r"^[0-9a-f]{64}$", name) and name not in active:
+                    try:
+                        stat = os.stat(path)
+                    except OSError:
+                        continue
+                    found.append((max(stat.st_atime, stat.st_mtime), stat.st_blocks * 512, path))
+        return sorted(found)
+
+    def make_room(self, need: int, task_id: str) -> None:
+        """Remove the longest unused files until `need` bytes and the reserve are free.
+
+        What the task itself has on disk counts as free.  Raises NoSpace when all that is not enough.
+        """
+        own = os.path.join(self.folder, task_id[:3], task_id)
+        have = os.stat(own).st_blocks * 512 if os.path.exists(own) else 0
+        for _, size, path in self.idle_files():
+            if free_bytes(self.folder) + have >= need + self.reserve:
+                return
+            self.log.info("cache: %s (%s) makes room", path, show_size(size))
+            self._remove(path)
+        free = free_bytes(self.folder) + have
+        if free < need:
+            raise NoSpace(self.folder, need, free)
+
+
+# ==============================================================================
+# 11. Supernode
+#    Tasks and peers over scheduler and CDN, and the HTTP API: the old one as a thin
+#    translation onto the same calls, and ours, one long-polled request for
+#    everything.  Knows no files of its own.
+# ==============================================================================
+
+SYNC_WAIT_S = 15.0  # how long a sync is held when there is nothing to say
+PULL_WAIT_S = 0.4  # the same for an old pull: dfget 0.2 gives up after 3 s and then sleeps up to 2
+REGISTER_WAIT_S = 2.5  # for the origin to say how long the file is; old clients give up after 5 s
+SMALL = 256 << 10  # bytes: a file up to this size travels inside the register answer
+OLD_ROOM = 4  # pieces an old client may have under way.  Wire: 14 (9)
+
+
+class Peer:
+    """One client of one task, as it registered.  Guarded by its Supernode's _lock."""
+
+    def __init__(self, cid: str, ip: str, port: int, path: str, reach: str, native: bool) -> None:
+        self.cid, self.ip, self.port, self.path = cid, ip, port, path
+        self.reach = reach  # the address by which it reaches us, "" where it did not say
+        self.native = native  # speaks /peer/sync
+        self.turn = 0  # number of its newest sync; an older one that is still parked is void
+        self.seen_at = 0.0  # monotonic
+        self.gone = False  # its connection broke while it waited
+        self.requests = 0  # control requests, register included
+        self.finished = False
+        self.eager = False  # what it was last told: whether others wait for its pieces
+        self.md5_since = 0.0  # monotonic: since when it only lacks the MD5 of the whole file
+
+
+class SwarmTask:
+    """One task: its CDN half, its peers, and who may read it.  Guarded by its Supernode's _lock."""
+
+    def __init__(self, task_id: str, url: str, md5: str, cdn: CdnTask) -> None:
+        self.task_id, self.url, self.md5 = task_id, url, md5
+        self.cdn = cdn
+        self.cid = ""  # under which our own pieces go
+        self.peers = {}  # type: Dict[str, Peer]
+        self.used_at = 0.0  # monotonic
+        self.origin = None  # type: Optional[Origin]  # as its last trusted asker asks for it
+        self.proven = {}  # type: Dict[str, float]  # credentials -> until when (monotonic) the origin need not be asked again
+        self.refused = {}  # type: Dict[str, Tuple[float, DflyError]]  # the same for those it refused
+        self.checking = set()  # type: Set[str]
+        self.follower = None  # type: Optional[Md5Follower]
+        self.rechecked_at = -1e9  # monotonic: when a complaint about our own pieces was last looked into
+
+
+class Fields:
+    """The fields of a register, from JSON or a form, keys in any case.  Wire: 1.1, 1.2"""
+
+    def __init__(self, request: Request) -> None:
+        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        self._lists = {}  # type: Dict[str, List[Any]]
+        if kind == "application/x-www-form-urlencoded":
+            try:
+                pairs = parse_qsl(request.body.decode("utf-8"), keep_blank_values=True)
+            except ValueError:
+                raise BadRequest("the form can't be read")
+            for key, value in pairs:
+                self._lists.setdefault(key.lower(), []).append(value)
+        else:
+            for key, value in request.json().items():
+                self._lists[key.lower()] = value if isinstance(value, list) else [value]
+
+    def text(self, name: str, limit: int = 8192) -> str:
+        """Return a field as text, "" when missing.  Raises BadRequest when it is no text or too long."""
+        values = self._lists.get(name.lower(), [])
+        value = values[-1] if values else ""
+        if value is None:
+            return ""
+        if not isinstance(value, (str, int, float)) or len(str(value)) > limit:
+            raise BadRequest("%s: invalid value" % name)
+        return str(value)
+
+    def number(self, name: str, least: int, most: int) -> int:
+        """Return a field as an integer, 0 when missing.  Raises BadRequest."""
+        text = self.text(name) or "0"
+        if not re.match(r"^-?\d{1,18}$", text) or not least <= int(text) <= most:
+            raise BadRequest("%s: %.40s: invalid value" % (name, text))
+        return int(text)
+
+    def flag(self, name: str) -> bool:
+        """Return a field as a truth value."""
+        return self.text(name).lower() in ("true", "1")
+
+    def texts(self, name: str) -> List[str]:
+        """Return a repeated field; a form's single one is a list of one."""
+        values = self._lists.get(name.lower(), [])
+        if len(values) > 256 or not all(isinstance(value, str) and len(value) < MAX_BODY for value in values):
+            raise BadRequest("%s: invalid value" % name)
+        return values
+
+
+def parse_headers(texts: List[str]) -> List[Tuple[str, str]]:
+    """Return (name, value) pairs of `Name: value` texts; raises BadRequest for what can't stand in a request.  Wire: 1.2"""
+    pairs = []
+    for text in texts:
+        name, colon, value = text.partition(":")
+        name, value = name.strip(), value.strip()
+        if not colon or not re.match(r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$", name) or re.search(r"[\r\n\0]", value):
+            raise BadRequest("not a header: %.80r" % text)
+        if value:
+            pairs.append((name, value))
+    return pairs
+
+
+def locate(label: str, ip: str) -> Tuple[str, ...]:
+    """Return a peer's location, wide to narrow: its `site/rack` label, else its /16 and /24 (IPv6: /48 and /64)."""
+    import ipaddress
+    parts = tuple(part.strip() for part in label.split("/") if part.strip())[:4]
+    if parts:
+        return parts if len(parts) > 1 else parts + ("",)
+    try:
+        address = ipaddress.ip_address(ip)
+    except ValueError:
+        return ("", "")
+    wide, narrow = (16, 24) if address.version == 4 else (48, 64)
+    return tuple(str(ipaddress.ip_network("%s/%d" % (ip, bits), strict=False)) for bits in (wide, narrow))
+
+
+class Supernode(CdnEvents):
+    """The tracker.  _lock guards tasks, their peers and the scheduler; it is never held over I/O, and what must wait
+    for a change is parked in the API server under ("task", id), ("peer", id, cid) or ("piece", id, num)."""
+
+    ROUTES = (
+        Route("POST", "/peer/registry", "register"),                  # Wire: 1
+        Route("GET", "/peer/task", "pull", worker=True),              # Wire: 3 (may have to compute MD5s)
+        Route("GET", "/peer/piece/suc", "piece_succeeded"),           # Wire: 4.1
+        Route("GET", "/peer/piece/error", "piece_failed", worker=True),  # Wire: 4.2 (may have to reread a piece)
+        Route("GET", "/peer/service/down", "service_down"),           # Wire: 4.3
+        Route("POST", "/peer/sync", "sync"),                          # ours
+        Route("POST", "/task/metrics", "task_metrics"),               # Wire: 4.4
+        Route("POST", "/peer/heartbeat", "heartbeat"),                # Wire: 4.5
+        Route("POST", "/peer/network", "network"),
+        Route("POST", "/api/v1/peer/heartbeat", "heartbeat"),
+        Route("POST", "/api/v1/peer/network", "network"),
+        Route("GET", "/api/v1/tasks/", "task_info"),                  # Wire: 4.6
+        Route("DELETE", "/api/v1/tasks/", "task_delete", worker=True),
+        Route("GET", "/_ping", "ping"),
+        Route("GET", "/version", "version"),
+        Route("GET", "/metrics", "metrics"),
+    )
+    PIECE_ROUTES = (
+        Route("GET", "/download/", "download"),                       # Wire: 5.3
+        Route("GET", "/qtdown/", "download"),                         # as supernode 0.2 called it
+    )
+
+    def __init__(self, home: str, advertise_ip: str, log: Log, scheduler: Scheduler, cdn: Cdn, expire_s: float,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.home, self.ip, self.log = home, advertise_ip, log
+        self._clock = clock
+        self._expire_s = expire_s  # how long a task nobody asks for stays in memory
+        self._lock = threading.RLock()
+        self._scheduler, self._cdn = scheduler, cdn
+        self._tasks = {}  # type: Dict[str, SwarmTask]
+        self._api = None  # type: Optional[Server]
+        self._pieces = None  # type: Optional[Server]
+        self.counts = collections.Counter()  # type: Dict[str, int]
+
+    def serve(self, api: Server, pieces: Server) -> None:
+        """Begin to answer on both ports."""
+        self._api, self._pieces = api, pieces
+        api.later(0.1, self._tick)
+        api.later(5.0, self._collect)
+        pieces.start()
+        api.start()
+
+    def stop(self) -> None:
+        """End everything that runs; the cache stays."""
+        for server in (self._api, self._pieces):
+            if server:
+                server.stop()
+        for task in list(self._tasks.values()):
+            if task.follower:
+                task.follower.stop()
+        self._cdn.stop()
+
+    # -- what the CDN tells ----------------------------------------------------
+
+    def on_known(self, task: CdnTask) -> None:
+        """The size of the pieces is known, perhaps their number."""
+        with self._lock:
+            if task.task_id in self._tasks:
+                assert task.store
+                self._scheduler.add_task(task.task_id, task.store.layout.count)
+        self._notify(("task", task.task_id))
+
+    def on_length(self, task: CdnTask) -> None:
+        """The number of pieces is known."""
+        with self._lock:
+            if task.task_id in self._tasks:
+                assert task.store and task.store.layout.count is not None
+                self._scheduler.set_count(task.task_id, task.store.layout.count, self._clock())
+        self._after()
+
+    def on_piece(self, task: CdnTask, num: int) -> None:
+        """There is a new seed piece."""
+        with self._lock:
+            mine = self._tasks.get(task.task_id)
+            if mine:
+                self._scheduler.seeded(task.task_id, num, self._clock())
+                if mine.follower:
+                    mine.follower.nudge()
+        self._notify_pieces(("piece", task.task_id, num))
+        self._after()
+
+    def on_end(self, task: CdnTask) -> None:
+        """The fetch has ended; a digest that the user gave is checked before it counts as a success."""
+        with self._lock:
+            mine = self._tasks.get(task.task_id)
+            peers = list(mine.peers) if mine else []
+        if mine and mine.md5 and task.state == task.SUCCESS and task.store:
+            digest = self._follow(mine).wait()
+            if digest != mine.md5.lower():
+                task.state, task.error = task.FAILED, WrongBytes(task.url, mine.md5, digest)
+        self._notify(("task", task.task_id))
+        for cid in peers:
+            self._notify(("peer", task.task_id, cid))
+        if task.state == task.FAILED and task.store:
+            for num in range(min(task.store.layout.count or 0, MAX_COUNT)):
+                self._notify_pieces(("piece", task.task_id, num))
+
+    def _follow(self, task: SwarmTask) -> Md5Follower:
+        """Return the task's MD5 follower, started if it is new; its store must be known."""
+        with self._lock:
+            if not task.follower:
+                assert task.cdn.store
+                task.follower = Md5Follower(task.cdn.store, lambda: self._notify(("md5", task.task_id)))
+            return task.follower
+
+    # -- waking what waits -------------------------------------------------------
+
+    def _notify(self, key: Any) -> None:
+        if self._api:
+            self._api.notify(key)
+
+    def _notify_pieces(self, key: Any) -> None:
+        if self._pieces:
+            self._pieces.notify(key)
+
+    def _after(self) -> None:
+        """After every change of the scheduler: wake the peers for whom it has found work."""
+        with self._lock:
+            woken = self._scheduler.woken()
+        for task_id, cid in woken:
+            self._notify(("peer", task_id, cid))
+
+    def _tick(self) -> None:
+        assert self._api
+        with self._lock:
+            now = self._clock()
+            self._scheduler.tick(now)
+            for task in self._tasks.values():
+                for peer in task.peers.values():
+                    limit = 3.0 if peer.gone else 4 * SYNC_WAIT_S if peer.native else self._expire_s
+                    if not peer.finished and now > peer.seen_at + limit:
+                        peer.finished = True
+                        self._scheduler.leave(task.task_id, peer.cid, now)
+        self._after()
+        self._api.later(0.1, self._tick)
+
+    def _collect(self) -> None:
+        """Forget tasks that nobody has asked for in a while.  Wire: 10.4"""
+        assert self._api
+        with self._lock:
+            now = self._clock()
+            idle = [t for t in self._tasks.values() if now > t.used_at + self._expire_s and t.cdn.state != CdnTask.RUNNING]
+            for task in idle:
+                self._forget_locked(task)
+        for task in idle:
+            self._cdn.release(task.task_id)
+        self._api.later(5.0, self._collect)
+
+    def _forget_locked(self, task: SwarmTask) -> None:
+        self._tasks.pop(task.task_id, None)
+        self._scheduler.drop_task(task.task_id)
+        if task.follower:
+            task.follower.stop()
+        self.log.info("task %s is no longer in use", task.task_id)
+
+    # -- register ------------------------------------------------------------------
+
+    def register(self, request: Request) -> Any:
+        """POST /peer/registry.  Wire: 1"""
+        if "task" not in request.state:
+            try:
+                self._enter(request, Fields(request))
+            except (BadRequest, SourceError) as error:
+                return Response.of_json({"code": error.code, "msg": str(error), "message": str(error)}, 400)
+        task, peer = request.state["task"], request.state["peer"]
+        error = self._auth_error(task, request.state["origin"])
+        if error is None and task.cdn.state == CdnTask.FAILED:
+            error = task.cdn.error
+        if error:
+            return self._register_failure(task, error)
+        waiting = task.cdn.store is None or request.state["credentials"] in task.checking
+        layout = None if waiting else task.cdn.store.layout
+        small = layout is not None and peer.native and layout.length is not None and layout.length <= SMALL
+        if (waiting or (small and not task.cdn.store.complete) or (layout and layout.length is None and task.cdn.state != CdnTask.SUCCESS
+                and peer.native and not task.cdn.store.have)) and not request.expired:
+            left = request.state["until"] - self._clock()
+            if left > 0:
+                return Park(("task", task.task_id), left)
+        if waiting and request.state["credentials"] in task.checking:
+            return Response.of_json({"code": SYSTEM_ERROR, "msg": "the origin does not say whether this client may read %s" % task.url})
+        return self._registered(task, peer, request)
+
+    def _enter(self, request: Request, fields: Fields) -> None:
+        """Check a register and take its client into its task.  Raises BadRequest."""
+        peer = self._peer_of(request, fields)
+        url = fields.text("rawUrl")
+        if not re.match(r"^https?://[^/\s]+", url, re.I):
+            raise BadRequest("rawUrl: %.200s: invalid value" % url)
+        headers = parse_headers(fields.texts("headers"))
+        cas = []
+        for text in fields.texts("rootCAs"):
+            import base64
+            try:
+                cas.append(base64.b64decode(text, validate=True).decode("ascii"))
+            except ValueError:
+                raise BadRequest("rootCAs: invalid value")
+        origin = Origin(url, headers, fields.flag("insecure"), cas, guarded=True)
+        md5 = fields.text("md5").lower()
+        task_id = task_id_of(fields.text("taskUrl") or url, md5, fields.text("identifier"), origin.header("range"))
+        with self._lock:
+            task = self._join_locked(task_id, url, md5, origin)
+            self._admit_locked(task, peer, request)
+        credentials = origin.credentials()
+        request.state.update(task=task, peer=peer, origin=origin, credentials=credentials, until=self._clock() + REGISTER_WAIT_S)
+        if task.cdn.state in (CdnTask.WAITING, CdnTask.FAILED):
+            task.cdn.ensure(origin)
+        self._prove(task, origin, credentials)
+
+    def _peer_of(self, request: Request, fields: Fields) -> Peer:
+        import ipaddress
+        cid, path, ip = fields.text("cid", 512), fields.text("path", 1024), fields.text("ip", 64)
+        for name, value in (("cid", cid), ("path", path), ("ip", ip)):
+            if not value or re.search(r"[\s\0]", value):
+                raise BadRequest("%s: %.60r: invalid value" % (name, value))
+        try:
+            ip = str(ipaddress.ip_address(ip.split("%")[0]))
+        except ValueError:
+            raise BadRequest("ip: %.60s: invalid value" % ip)
+        if not path.startswith("/"):
+            raise BadRequest("path: %.60s: invalid value" % path)
+        port = fields.number("port", 0, 65535)
+        return Peer(cid, ip, port, path, fields.text("superNodeIp", 256), DFLY_HEADER in request.headers)
+
+    def _join_locked(self, task_id: str, url: str, md5: str, origin: Origin) -> SwarmTask:
+        task = self._tasks.get(task_id)
+        now = self._clock()
+        if task and task.cdn.state == CdnTask.FAILED and now > task.cdn.ended_at + self._cdn.retry_s:
+            self._forget_locked(task)  # what its peers hold may be of another version of the file
+            self._cdn.release(task_id)
+            task = None
+        if not task:
+            task = SwarmTask(task_id, url, md5, self._cdn.task(task_id, url, self))
+            task.cid = "cdnnode:%s~%s" % (self.ip, task_id)  # Wire: 2.3
+            task.origin = origin
+            task.proven[origin.credentials()] = float("inf")  # whoever's request fetches it is judged by that fetch
+            self._tasks[task_id] = task
+            self._scheduler.add_task(task_id, None)
+        task.used_at = now
+        return task
+
+    def _admit_locked(self, task: SwarmTask, peer: Peer, request: Request) -> None:
+        label = request.headers.get(DFLY_HEADER, "").partition(" ")[2]
+        peer.seen_at = self._clock()
+        peer.requests = 1
+        task.peers[peer.cid] = peer
+        pattern = request.headers.get("x-dfly-pattern", "")
+        self._scheduler.add_peer(task.task_id, peer.cid, (peer.ip, peer.port or peer.cid), locate(label, peer.ip), self._clock(),
+                                 serves=peer.port > 0, legacy=not peer.native, seed_only=pattern == "cdn")
+        alone = [other for other in task.peers.values() if other.native and not other.finished and not other.eager and other is not peer]
+        for other in alone:  # it need not report each piece at once until now
+            self._notify(("peer", task.task_id, other.cid))
+
+    def _prove(self, task: SwarmTask, origin: Origin, credentials: str) -> None:
+        """Have the origin asked whether it would give the file to these credentials too.  Wire: 16 (2)"""
+        with self._lock:
+            if task.proven.get(credentials, 0) > self._clock() or credentials in task.checking:
+                return
+            task.checking.add(credentials)
+        threading.Thread(target=self._check, args=(task, origin, credentials), name="dfly-access", daemon=True).start()
+
+    def _check(self, task: SwarmTask, origin: Origin, credentials: str) -> None:
+        error = None  # type: Optional[DflyError]
+        try:
+            origin.open(method="HEAD").close()
+        except NeedAuth as refusal:
+            error = refusal
+        except DflyError as failure:
+            error = failure if getattr(failure, "status", 0) == 403 else None  # no HEAD here, or no origin: as before
+        with self._lock:
+            task.checking.discard(credentials)
+            if error:
+                task.refused[credentials] = (self._clock() + 10.0, error)
+            else:
+                task.proven[credentials] = self._clock() + 300.0
+        self._notify(("task", task.task_id))
+
+    def _auth_error(self, task: SwarmTask, origin: Origin) -> Optional[DflyError]:
+        until, error = task.refused.get(origin.credentials(), (0.0, None))
+        return error if error and until > self._clock() else None
+
+    def _register_failure(self, task: SwarmTask, error: DflyError) -> Response:
+        code = error.code if isinstance(error, (SourceError, TlsError)) else SUPER_FAIL
+        return Response.of_json({"code": code, "msg": str(error)})
+
+    def _registered(self, task: SwarmTask, peer: Peer, request: Request) -> Response:
+        store = task.cdn.store
+        length = store.layout.length if store else None
+        size = store.layout.size if store else MIB
+        data = {"taskId": task.task_id, "fileLength": -1 if length is None else length, "pieceSize": size,
+                "cdnSource": "supernode", "asSeed": False, "seedTaskID": ""}  # type: Dict[str, Any]
+        if peer.native:
+            data["dfly"] = self._register_extra(task)
+        elif store:
+            self._old_client(task)
+        self.log.info("register %s %s as %s (%s)", task.task_id, task.url, peer.cid, "native" if peer.native else "old")
+        return Response.of_json({"code": SUCCESS, "data": data, "msg": "success"})
+
+    def _register_extra(self, task: SwarmTask) -> Dict[str, Any]:
+        extra = {"version": task.cdn.version, "pieces": self._pieces.address[1] if self._pieces else 0}  # type: Dict[str, Any]
+        store = task.cdn.store
+        if store and store.complete and (store.layout.length or 0) <= SMALL and store.layout.count == 1:
+            import base64
+            extra["content"] = base64.b64encode(b"".join(map(bytes, store.read_plain(0)))).decode()
+        return extra
+
+    def _old_client(self, task: SwarmTask) -> None:
+        """Begin to compute what only an old client asks for, the MD5 of the whole file."""
+        try:
+            self._follow(task)
+        except NoMd5 as error:
+            self.log.warn("%s", error)
+
+    # -- the old calls -----------------------------------------------------------------
+
+    def _find(self, task_id: str, cid: str) -> Tuple[SwarmTask, Peer]:
+        """Return a task and its client, both just seen alive.  Raises NoSuchTask."""
+        with self._lock:
+            task = self._tasks.get(task_id)
+            peer = task.peers.get(cid) if task else None
+            if not task or not peer:
+                raise NoSuchTask("failed to get dfgetTask with taskID (%.64s) clientID (%.64s): data not found" % (task_id, cid))
+            now = self._clock()
+            task.used_at = peer.seen_at = now
+            peer.gone = False
+            peer.requests += 1
+            return task, peer
+
+    def pull(self, request: Request) -> Any:
+        """GET /peer/task: an old client reports a piece and asks for more.  Wire: 3"""
+        query = request.query
+        try:
+            task, peer = self._find(query.get("taskId", ""), query.get("srcCid", ""))
+            if "reported" not in request.state:
+                self._pull_report(task, peer, query)
+                request.state["reported"] = True
+            self._after()
+            return self._pull_answer(task, peer, request)
+        except NoSuchTask as error:
+            return Response.of_json({"code": UNKNOWN_TARGET, "msg": str(error)})
+        except (BadRequest, NoSuchPiece) as error:
+            return Response.of_json({"code": PARAM_ERROR, "msg": str(error)})
+        except NoMd5 as error:
+            return Response.of_json({"code": SYSTEM_ERROR, "msg": str(error)})
+
+    def _pull_report(self, task: SwarmTask, peer: Peer, query: Dict[str, str]) -> None:
+        try:
+            status, result = int(query.get("status", "")[:9]), int(query.get("result", "")[:9])
+        except ValueError:
+            raise BadRequest("status or result: invalid value")
+        if status == STARTED:
+            return
+        if status == FINISHED:
+            self._leave(task, peer)
+            return
+        if status != RUNNING or result not in (SUCCEEDED, SEMI_SUCCEEDED, FAILED):
+            raise BadRequest("status %d, result %d: invalid value" % (status, result))
+        num = self._num_of(task, query.get("range", ""))
+        holder = self._holder_of(task, query.get("dstCid", ""))
+        with self._lock:
+            if result == FAILED:
+                self._scheduler.failed(task.task_id, peer.cid, num, holder, OTHER, self._clock())
+            else:
+                self._scheduler.done(task.task_id, peer.cid, num, self._clock(), holder=holder, servable=result == SUCCEEDED)
+
+    def _num_of(self, task: SwarmTask, text: str) -> int:
+        layout = task.cdn.store.layout if task.cdn.store else Layout(None, MIB)
+        return layout.num_of(text)
+
+    def _holder_of(self, task: SwarmTask, cid: str) -> str:
+        return SEED if cid == task.cid or cid.startswith("cdnnode:") else cid
+
+    def _leave(self, task: SwarmTask, peer: Peer) -> None:
+        with self._lock:
+            peer.finished = True
+            self._scheduler.leave(task.task_id, peer.cid, self._clock())
+
+    def _pull_answer(self, task: SwarmTask, peer: Peer, request: Request) -> Any:
+        if task.cdn.state == CdnTask.FAILED:
+            return Response.of_json({"code": SUPER_FAIL, "msg": "taskID: %s: cdn status is fail: %s" % (task.task_id, task.cdn.error)})
+        if not task.cdn.store:
+            return self._wait(request, ("task", task.task_id), "the origin has not answered yet")
+        with self._lock:
+            finished = self._scheduler.finished(task.task_id, peer.cid)
+        if finished and task.cdn.state == CdnTask.SUCCESS:
+            return self._finish(task, peer, request)
+        with self._lock:
+            running = self._scheduler.inflight(task.task_id, peer.cid)
+            if not finished:
+                self._scheduler.request(task.task_id, peer.cid, max(0, OLD_ROOM - len(running)), self._clock())
+            fresh = self._scheduler.take(task.task_id, peer.cid)
+            peers = dict(task.peers)
+        self._after()
+        pieces = [a for a in fresh or running if task.cdn.store.seal(a.num) and (a.holder == SEED or a.holder in peers)]
+        if pieces:
+            return Response.of_json({"code": CONTINUE, "data": [self._piece_task(task, peer, peers, a) for a in pieces]})
+        return self._wait(request, ("peer", task.task_id, peer.cid), "peer should wait")
+
+    def _wait(self, request: Request, key: Any, message: str) -> Any:
+        if not request.expired and "parked" not in request.state:
+            request.state["parked"] = True
+            return Park(key, PULL_WAIT_S)
+        return Response.of_json({"code": WAIT, "msg": message})
+
+    def _finish(self, task: SwarmTask, peer: Peer, request: Request) -> Any:
+        """All pieces are there: say so, with the MD5 as soon as that is known, or without when it takes too long."""
+        store = task.cdn.store
+        assert store
+        peer.md5_since = peer.md5_since or self._clock()
+        try:
+            digest = self._follow(task).digest
+        except NoMd5:
+            digest, peer.md5_since = "", -1e9  # there will be none
+        if not digest and self._clock() < peer.md5_since + 60.0:
+            return self._wait(request, ("md5", task.task_id), "the digest of the whole file is being computed")
+        self._leave(task, peer)
+        return Response.of_json({"code": FINISH, "data": {"md5": digest, "fileLength": store.layout.wrapped_length}})
+
+    def _piece_task(self, task: SwarmTask, peer: Peer, peers: Dict[str, Peer], assignment: Assignment) -> Dict[str, Any]:
+        """Return one piece as an old client wants it.  Wire: 3.2"""
+        store = task.cdn.store
+        assert store
+        num = assignment.num
+        piece = {"range": store.layout.range_text(num), "pieceNum": num, "pieceSize": store.layout.size, "pieceMd5": store.wrapped_md5(num),
+                 "downLink": 0}
+        if assignment.holder == SEED:
+            piece.update(cid=task.cid, peerIp=peer.reach or self.ip, peerPort=self._pieces.address[1] if self._pieces else PIECE_PORT,
+                         path=self._piece_path(task))
+        else:
+            holder = peers[assignment.holder]
+            piece.update(cid=holder.cid, peerIp=holder.ip, peerPort=holder.port, path=holder.path)
+        return piece
+
+    @staticmethod
+    def _piece_path(task: SwarmTask) -> str:
+        return "/download/%s/%s" % (task.task_id[:3], task.task_id)
+
+    def piece_succeeded(self, request: Request) -> Response:
+        """GET /peer/piece/suc.  Wire: 4.1"""
+        query = request.query
+        try:
+            task, peer = self._find(query.get("taskId", ""), query.get("cid", ""))
+            num = self._num_of(task, query.get("pieceRange", ""))
+        except (NoSuchTask, BadRequest) as error:
+            return Response.of_json({"code": error.code, "msg": str(error), "message": str(error)}, 400 if isinstance(error, BadRequest) else 200)
+        with self._lock:
+            self._scheduler.done(task.task_id, peer.cid, num, self._clock(), holder=self._holder_of(task, query.get("dstCid", "")))
+        self._after()
+        return Response.of_json({"code": PIECE_REPORTED})
+
+    def piece_failed(self, request: Request) -> Response:
+        """GET /peer/piece/error: somebody complains.  Only a look at our own bytes decides.  Wire: 4.2, 16 (6)"""
+        query = request.query
+        with self._lock:
+            task = self._tasks.get(query.get("taskId", ""))
+            now = self._clock()
+            look = task and task.cdn.store and query.get("dstCid", "").startswith("cdnnode:") and now > task.rechecked_at + 3.0
+            if task and look:
+                task.rechecked_at = now
+        if task and look and task.origin:
+            try:
+                num = self._num_of(task, query.get("range", ""))
+                if task.cdn.refetch(num, task.origin):
+                    self.log.error("piece %d of %s was damaged on our disk", num, task.task_id)
+                    with self._lock:
+                        self._scheduler.unseeded(task.task_id, num, self._clock())
+            except BadRequest:
+                pass
+        return Response.of_json({"code": SUCCESS, "msg": "success"})
+
+    def service_down(self, request: Request) -> Response:
+        """GET /peer/service/down: a client's uploader no longer has the task.  Wire: 4.3"""
+        query = request.query
+        with self._lock:
+            task = self._tasks.get(query.get("taskId", ""))
+            peer = task.peers.pop(query.get("cid", ""), None) if task else None
+            if task and peer:
+                self._scheduler.drop_peer(task.task_id, peer.cid, self._clock())
+        self._after()
+        return Response.of_json({"code": SERVICE_DOWN} if peer else {"code": UNKNOWN_TARGET, "msg": "no such client"})
+
+    # -- our own call ------------------------------------------------------------------
+
+    def sync(self, request: Request) -> Any:
+        """POST /peer/sync: reports and requests in one, held until there is something to say.
+
+        Asked: {task, cid, done: [[num, holder, seconds, bytes]], failed: [[num, holder, why]], room, queue, have (hex
+        mask, first time), wait (seconds)}.  Answered: {code, length?, eager (others wait: report each piece
+        at once), holders: {cid: [ip, port, path]}, pieces: [[num, cid, seal?]]}; code 601 has pieces, 602 none (msg says
+        why), 600 ends it, 604 and 502 send the client on.
+        """
+        state = request.state
+        if "peer" not in state:
+            data = request.json()
+            try:
+                task, peer = self._find(str(data.get("task", "")), str(data.get("cid", "")))
+            except NoSuchTask as error:
+                return Response.of_json({"code": UNKNOWN_TARGET, "msg": str(error)})
+            with self._lock:
+                peer.turn += 1
+                self._sync_reports_locked(task, peer, data)
+            wait = self._number(data, "wait", 0, SYNC_WAIT_S, SYNC_WAIT_S)
+            state.update(task=task, peer=peer, turn=peer.turn, until=self._clock() + wait)
+            self._notify(("peer", task.task_id, peer.cid))  # an older sync that is still parked
+            self._after()
+        task, peer = state["task"], state["peer"]
+        if peer.turn != state["turn"]:
+            return Response.of_json({"code": WAIT, "msg": ""})
+        peer.seen_at = task.used_at = self._clock()
+        answer = self._sync_answer(task, peer)
+        left = state["until"] - self._clock()
+        if answer["code"] == WAIT and not request.expired and left > 0 and answer["eager"] == peer.eager:
+            request.on_gone = lambda: setattr(peer, "gone", peer.turn == state["turn"])
+            return Park(("peer", task.task_id, peer.cid), left)
+        peer.eager = answer.get("eager", peer.eager)
+        return Response.of_json(answer)
+
+    @staticmethod
+    def _number(data: Dict[str, Any], name: str, least: float, most: float, default: float) -> float:
+        value = data.get(name, default)
+        if not isinstance(value, (int, float)) or not least <= value <= most:
+            raise BadRequest("%s: %.40r: invalid value" % (name, value))
+        return value
+
+    def _sync_reports_locked(self, task: SwarmTask, peer: Peer, data: Dict[str, Any]) -> None:
+        scheduler, now = self._scheduler, self._clock()
+        done, failed, have = data.get("done", []), data.get("failed", []), data.get("have", "")
+        room, ahead = int(self._number(data, "room", 0, 64, 0)), int(self._number(data, "queue", 0, 256, 0))
+        count = task.cdn.store.layout.count if task.cdn.store else None
+        most = (MAX_COUNT if count is None else count) - 1
+        try:
+            if have:
+                mask = int(have, 16)
+                if mask < 0 or mask.bit_length() > most + 1:
+                    raise ValueError(have[:20])
+                for num in nums_of(mask):
+                    scheduler.done(task.task_id, peer.cid, num, now)
+            for num, holder, seconds, size in done:
+                if not 0 <= int(num) <= most:
+                    raise ValueError(num)
+                scheduler.done(task.task_id, peer.cid, int(num), now, holder=self._holder_of(task, str(holder)),
+                               seconds=max(1e-6, float(seconds)), nbytes=int(size))
+            for num, holder, why in failed:
+                if not 0 <= int(num) <= most:
+                    raise ValueError(num)
+                scheduler.failed(task.task_id, peer.cid, int(num), self._holder_of(task, str(holder)), str(why)[:20], now)
+        except (TypeError, ValueError) as error:
+            raise BadRequest("done, failed or have: %.80s" % error)
+        scheduler.request(task.task_id, peer.cid, room, now, queue=ahead)
+
+    def _sync_answer(self, task: SwarmTask, peer: Peer) -> Dict[str, Any]:
+        if task.cdn.state == CdnTask.FAILED:
+            error = task.cdn.error
+            return {"code": error.code if isinstance(error, SourceError) else SUPER_FAIL, "msg": str(error)}
+        with self._lock:
+            store = task.cdn.store
+            pieces = self._scheduler.take(task.task_id, peer.cid)
+            finished = self._scheduler.finished(task.task_id, peer.cid)
+            others = any(not other.finished for other in task.peers.values() if other is not peer)
+            answer = {"code": CONTINUE if pieces else WAIT, "eager": others}  # type: Dict[str, Any]
+            if store and store.layout.length is not None:
+                answer["length"] = store.layout.length
+            if pieces:
+                self._describe_locked(task, peer, pieces, answer)
+            elif finished and store and store.layout.length is not None and (task.cdn.state == CdnTask.SUCCESS or not task.md5):
+                peer.finished = True
+                self._scheduler.leave(task.task_id, peer.cid, self._clock())
+                answer.update(code=FINISH, version=task.cdn.version)
+            else:
+                answer["msg"] = self._why_waiting_locked(task, peer)
+        return answer
+
+    def _describe_locked(self, task: SwarmTask, peer: Peer, pieces: List[Assignment], answer: Dict[str, Any]) -> None:
+        store = task.cdn.store
+        answer["holders"], answer["pieces"] = {}, []
+        for num, cid in pieces:
+            if cid == SEED:
+                cid = task.cid
+                answer["holders"][cid] = [peer.reach or self.ip, self._pieces.address[1] if self._pieces else PIECE_PORT, self._piece_path(task)]
+            elif cid in task.peers:
+                holder = task.peers[cid]
+                answer["holders"][cid] = [holder.ip, holder.port, holder.path]
+            else:  # it left between the decision and now
+                self._scheduler.failed(task.task_id, peer.cid, num, cid, GONE, self._clock())
+                continue
+            seal = store.seal(num) if store else None
+            answer["pieces"].append([num, cid, str(seal) if seal else None])
+        if not answer["pieces"]:
+            answer["code"] = WAIT
+
+    def _why_waiting_locked(self, task: SwarmTask, peer: Peer) -> str:
+        """Return in words what `peer` waits for, for the line it prints when it stalls."""
+        store = task.cdn.store
+        if not store:
+            return "waiting: the origin has not answered the supernode yet"
+        why = self._scheduler.waiting_for(task.task_id, peer.cid, self._clock())
+        if why.missing and not why.seeded:
+            return "waiting: piece %d has no holder; the supernode is fetching it at %s/s" % (
+                why.num, show_size(task.cdn.rate(self._clock())))
+        return "waiting: piece %d has %d holders, all busy (%d pieces missing)" % (why.num, why.holders, why.missing)
+
+    # -- the piece port --------------------------------------------------------------
+
+    def download(self, request: Request) -> Any:
+        """GET /download/abc/abcdef…: bytes of the wrapped file.  Ours may ask for a piece that is still to come, and
+        gets its seal in a header.  Wire: 5.3"""
+        task_id = request.rest.rpartition("/")[2]
+        with self._lock:
+            task = self._tasks.get(task_id)
+            store = task.cdn.store if task else None
+            if task:
+                task.used_at = self._clock()
+        if not task or not store or request.rest != "%s/%s" % (task_id[:3], task_id):
+            return Response.of_error(404, "%.100s: no such task" % task_id)
+        layout, native = store.layout, DFLY_HEADER in request.headers
+        total = layout.wrapped_length if layout.length is not None else MAX_COUNT * layout.size
+        try:
+            span = request.range(total)
+            start, end = span or (0, total)
+            num = start // layout.size
+            if native and span and not store.seal(num) and task.cdn.state == CdnTask.RUNNING and not request.expired:
+                return Park(("piece", task_id, num), 25.0)
+            if layout.length is not None and layout.count is not None and num < layout.count:
+                end = min(end, total)
+            body = store.wrapped_body(start, end)
+        except NoSuchPiece as error:
+            status = 404 if native else 416
+            response = Response.of_error(status, str(error))
+            response.headers.append(("Content-Range", "bytes */%s" % (total if layout.length is not None else "*")))
+            return response
+        headers = [("Accept-Ranges", "bytes")]
+        if span:
+            headers.append(("Content-Range", "bytes %d-%d/%s" % (start, end - 1, total if layout.length is not None else "*")))
+        if native and start % layout.size == 0:
+            headers.append((DFLY_HEADER, str(store.seal(num))))
+        return Response(206 if span else 200, body, "application/octet-stream", headers)
+
+    # -- the rest --------------------------------------------------------------------
+
+    def task_metrics(self, request: Request) -> Response:
+        """POST /task/metrics: how a download went.  Wire: 4.4 (`code` 1 keeps dfget 1.0 from sending it twice)"""
+        self.log.info("metrics from %s: %.500s", request.client, json.dumps(request.json()))
+        return Response.of_json({"code": 1})
+
+    def heartbeat(self, _request: Request) -> Response:
+        """POST /peer/heartbeat.  Wire: 4.5"""
+        return Response.of_json({"code": SUCCESS, "data": {"seedTaskIDs": None}, "seedTaskIDs": None})
+
+    def network(self, _request: Request) -> Response:
+        """POST /peer/network.  Wire: 4.5"""
+        return Response.of_json({"code": SUCCESS, "data": {"nodes": None}, "nodes": None})
+
+    def ping(self, _request: Request) -> Response:
+        """GET /_ping.  Wire: 4.6"""
+        return Response(200, b"OK", "text/plain")
+
+    def version(self, _request: Request) -> Response:
+        """GET /version.  Wire: 4.6"""
+        return Response.of_json({"Version": VERSION, "Program": "dfly"})
+
+    def _task_named(self, request: Request) -> SwarmTask:
+        with self._lock:
+            task = self._tasks.get(request.rest)
+        if not task:
+            raise NoSuchTask("%.80s: no such task" % request.rest)
+        return task
+
+    def task_info(self, request: Request) -> Response:
+        """GET /api/v1/tasks/{id}.  Wire: 4.6"""
+        task = self._task_named(request)
+        layout = task.cdn.store.layout if task.cdn.store else Layout(None, MIB)
+        known = layout.length is not None
+        return Response.of_json({"ID": task.task_id, "cdnStatus": task.cdn.state, "fileLength": layout.wrapped_length if known else -1,
+                                 "httpFileLength": layout.length if known else -1, "pieceSize": layout.size,
+                                 "pieceTotal": layout.count or 0, "rawURL": task.url, "taskURL": task.url,
+                                 "realMd5": task.follower.digest if task.follower else "", "peers": {
+                                     peer.cid: {"requests": peer.requests, "finished": peer.finished} for peer in task.peers.values()}})
+
+    def task_delete(self, request: Request) -> Response:
+        """DELETE /api/v1/tasks/{id}, from this host only.  Wire: 4.6, 16 (1)"""
+        if request.client not in ("127.0.0.1", "::1", request.server):
+            return Response.of_error(403, "tasks are deleted from the supernode's own host only")
+        task = self._task_named(request)
+        with self._lock:
+            self._forget_locked(task)
+        self._cdn.delete(task.task_id)
+        return Response.of_json(True)
+
+    def metrics(self, _request: Request) -> Response:
+        """GET /metrics, for Prometheus."""
+        assert self._api and self._pieces
+        with self._lock:
+            rows = [("dfly_tasks", "", len(self._tasks)),
+                    ("dfly_peers", "", sum(len(task.peers) for task in self._tasks.values())),
+                    ("dfly_origin_bytes", "", sum(task.cdn.origin_bytes for task in self._tasks.values())),
+                    ("dfly_piece_bytes_sent", "", self._pieces.sent_bytes)]
+            rows += [("dfly_requests", '{call="%s"}' % name, count) for name, count in sorted(self._api.requests.items())]
+        return Response(200, "".join("%s%s %d\n" % row for row in rows).encode(), "text/plain; version=0.0.4")
+
+
+# ==============================================================================
+# 12. Uploader
+#    A host's piece server: one process for all downloads of a home folder, reached
+#    by them through a socket file and by the world through one port.  Outlives the
+#    downloads; knows no supernode but to say good-bye.
+# ==============================================================================
+
+CONTROL_S = 5.0  # seconds for an answer over the socket file
+
+
+class Shared:
+    """A task's file as this host serves it.  Guarded by its Uploader's _lock."""
+
+    def __init__(self, name: str, task_id: str, cid: str, node: Tuple[str, int], pid: int) -> None:
+        self.name, self.task_id, self.cid, self.node = name, task_id, cid, node
+        self.pid = pid  # of the download; 0 when it has said that it is finished
+        self.store = None  # type: Optional[TaskFile]
+        self.stamp = None  # type: Optional[Tuple[int, int, int]]  # of the finished file, so that an edit is seen
+        self.want = 0  # bytes/s its download would like, 0: all there is
+        self.used_at = 0.0  # monotonic
+
+
+class Uploader:
+    """Serves pieces, shares out the host's limit, forgets files and itself in time.  _lock guards _tasks and _rates."""
+
+    ROUTES = (
+        Route("GET", "/peer/file/", "piece"),          # Wire: 7.6
+        Route("GET", "/server/ping", "ping"),          # Wire: 7.5
+        Route("GET", "/check/", "check"),              # Wire: 7.2
+        Route("GET", "/rate/", "rate"),                # Wire: 7.3
+        Route("GET", "/client/finish", "old_finish"),  # Wire: 7.4
+    )
+    CONTROL_ROUTES = (
+        Route("POST", "/adopt", "adopt"),
+        Route("POST", "/share", "share"),
+        Route("POST", "/finish", "finish"),
+        Route("GET", "/ping", "control_ping"),
+    )
+
+    def __init__(self, home: str, log: Log, expire_s: float, alive_s: float, total_limit: int,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.home, self.log = home, log
+        self._expire_s = expire_s  # how long a finished file is served after its last use
+        self._alive_s = alive_s  # how long to live without work; 0: for ever
+        self._clock = clock
+        self.bucket = TokenBucket(total_limit)  # for what goes out
+        self._lock = threading.Lock()
+        self._tasks = {}  # type: Dict[str, Shared]
+        self._rates = {}  # type: Dict[str, Tuple[int, float]]  # what old downloads want, and when they asked
+        self._busy_at = clock()
+        self._total = total_limit
+        self.port = 0
+        self.ended = threading.Event()  # time to go
+
+    def serve(self, public: Server, control: Server) -> None:
+        """Begin to answer on the port and on the socket file."""
+        self.port = public.address[1]
+        control.later(1.0, lambda: self._tick(control))
+        public.start()
+        control.start()
+
+    # -- the world --------------------------------------------------------------
+
+    def piece(self, request: Request) -> Response:
+        """GET /peer/file/NAME: one wrapped piece, or plain bytes with `cdnSource: source`.  Wire: 7.6"""
+        shared = self._shared(request.rest)
+        store = shared.store
+        assert store
+        span = re.match(r"^bytes=(\d{1,18})-(\d{1,18})$", request.headers.get("range", ""))
+        num, size = request.headers.get("piecenum", ""), request.headers.get("piecesize", "")
+        if not span or int(span.group(2)) <= int(span.group(1)) or not re.match(r"^\d{1,9}$", num) or not re.match(r"^\d{1,9}$", size):
+            raise BadRequest("say Range: bytes=a-b, pieceNum and pieceSize")
+        first, last = int(span.group(1)), int(span.group(2))
+        if request.headers.get("cdnsource", "") == "source":
+            start, end = self._here(store, first, last + 1)
+            return Response(206, store.plain_body(start, end), "application/octet-stream")
+        if last - first + 1 < WRAP or first < WRAP * int(num):
+            raise NoSuchPiece("range not satisfiable")
+        start, end = self._here(store, first - WRAP * int(num), last + 1 - WRAP * (int(num) + 1))
+        if end - start > 0xffffff:
+            raise NoSuchPiece("a piece has at most %d bytes" % MAX_PIECE)
+        head = struct.pack(">I", (end - start | int(size) << 4) & 0xffffffff)
+        return Response(206, [head] + store.plain_body(start, end) + [TAIL], "application/octet-stream")
+
+    def _here(self, store: TaskFile, start: int, end: int) -> Tuple[int, int]:
+        """Return [start, end) clipped to the file.  Raises NoSuchPiece where some of it is not here or behind its end."""
+        layout = store.layout
+        if layout.length is not None:
+            if start > layout.length or (start == layout.length and end > start and layout.length):
+                raise NoSuchPiece("the file has %d bytes" % layout.length)
+            end = min(end, layout.length)
+        nums = mask_of(range(start // layout.stride, max(start, end - 1) // layout.stride + 1))
+        if store.have & nums != nums:
+            try:
+                store.refresh()
+            except OSError:  # the journal went when the file was published; all it said is known
+                pass
+        if store.have & nums != nums:
+            raise NoSuchTask("these bytes are not here")
+        return start, end
+
+    def _shared(self, name: str) -> Shared:
+        with self._lock:
+            shared = self._tasks.get(name)
+            self._busy_at = self._clock()
+        if not shared or not shared.store:
+            raise NoSuchTask("%.100s: no such file" % name)
+        if shared.stamp and shared.store.stamp() != shared.stamp:
+            self.log.warn("%s was edited: no longer served", shared.store.data)
+            self._drop([shared])
+            raise NoSuchTask("%.100s: no longer what it was" % name)
+        shared.used_at = self._clock()
+        return shared
+
+    def ping(self, _request: Request) -> Response:
+        """GET /server/ping.  Wire: 7.5"""
+        return Response(200, b"success", "text/plain")
+
+    def _from_here(self, request: Request) -> None:
+        """Refuse what only this host's own downloads may ask.  Wire: 16 (5)"""
+        if request.client not in (request.server, "127.0.0.1", "::1"):
+            raise BadRequest("for this host only")
+
+    @staticmethod
+    def _param(request: Request) -> Dict[str, Any]:
+        """Return an old control call's parameters: one JSON header (0.2) or several (1.0), names in lower case."""
+        try:
+            given = json.loads(request.headers.get("param", "{}"))
+        except ValueError:
+            raise BadRequest("param: not JSON")
+        if not isinstance(given, dict):
+            raise BadRequest("param: not JSON")
+        return dict(request.headers, **{key.lower(): value for key, value in given.items()})
+
+    def check(self, request: Request) -> Response:
+        """GET /check/NAME.  Wire: 7.2 (it adopts nothing: an old download's folder is not ours to serve)"""
+        self._from_here(request)
+        param = self._param(request)
+        limit = re.match(r"^\d{1,15}$", str(param.get("totallimit", "0")))
+        if limit and int(limit.group()):
+            self._set_total(int(limit.group()))
+        return Response(200, ("%s@%s" % (request.rest, VERSION)).encode(), "text/plain")
+
+    def rate(self, request: Request) -> Response:
+        """GET /rate/NAME.  Wire: 7.3"""
+        self._from_here(request)
+        want = re.match(r"^\d{1,15}$", str(self._param(request).get("ratelimit", "")))
+        if not want:
+            raise BadRequest("rateLimit: not a number")
+        with self._lock:
+            self._busy_at = self._clock()
+            self._rates[request.rest] = (int(want.group()), self._busy_at)
+            rate = self._share_locked(int(want.group()))
+        return Response(200, str(rate).encode() if int(want.group()) else b"", "text/plain")
+
+    def old_finish(self, request: Request) -> Response:
+        """GET /client/finish.  Wire: 7.4"""
+        self._from_here(request)
+        param = {key.lower(): value for key, value in request.query.items()} or self._param(request)
+        if not all(param.get(key) for key in ("taskfilename", "taskid", "cid")):
+            return Response(400, b"invalid params", "text/plain")
+        with self._lock:
+            self._rates.pop(str(param["taskfilename"]), None)
+        return Response(200, b"success", "text/plain")
+
+    # -- this host's downloads ----------------------------------------------------
+
+    def control_ping(self, _request: Request) -> Response:
+        """GET /ping: where the public port is, and which program this is."""
+        self._busy_at = self._clock()
+        return Response.of_json({"port": self.port, "version": VERSION, "pid": os.getpid()})
+
+    def adopt(self, request: Request) -> Response:
+        """POST /adopt: serve a file that a download of this host is writing."""
+        data = request.json()
+        shared = Shared(data["name"], data["task"], data["cid"], (data["node"][0], data["node"][1]), data["pid"])
+        shared.store = TaskFile.attach(data["data"], data["journal"])
+        shared.used_at = self._clock()
+        with self._lock:
+            old = self._tasks.get(shared.name)
+            self._tasks[shared.name] = shared
+            self._busy_at = self._clock()
+        if old and old.store:
+            old.store.close()
+        if data.get("total"):
+            self._set_total(int(data["total"]))
+        return Response.of_json({"port": self.port})
+
+    def share(self, request: Request) -> Response:
+        """POST /share: which part of the host's limit a download may use, in bytes/s (0: all there is)."""
+        data = request.json()
+        with self._lock:
+            shared = self._tasks.get(data["name"])
+            if shared:
+                shared.want, shared.used_at = int(data["want"]), self._clock()
+            return Response.of_json({"rate": self._share_locked(int(data["want"]))})
+
+    def _share_locked(self, want: int) -> int:
+        """Return the share of one that wants `want`: all of it when all wishes fit, else in proportion.  Wire: 7.3"""
+        if not self._total:
+            return want
+        wants = [s.want or self._total for s in self._tasks.values() if s.pid] + [w or self._total for w, _ in self._rates.values()]
+        return min(want or self._total, -(-(want or self._total) * self._total // max(self._total, sum(wants))))
+
+    def _set_total(self, total: int) -> None:
+        with self._lock:
+            self._total = total
+        self.bucket.rate = total
+
+    def finish(self, request: Request) -> Response:
+        """POST /finish: a download has all its pieces, or gives up; from now on its file expires."""
+        data = request.json()
+        with self._lock:
+            shared = self._tasks.get(data["name"])
+            self._busy_at = self._clock()
+        if shared and shared.store:
+            if data.get("complete"):
+                shared.store.refresh()
+                shared.stamp = shared.store.stamp()
+            shared.pid = 0
+            shared.used_at = self._clock()
+        return Response.of_json({})
+
+    # -- time ---------------------------------------------------------------------
+
+    def _tick(self, control: Server) -> None:
+        """Once a second: forget what has expired, and end when there has been nothing to do.  Wire: 7.7"""
+        now = self._clock()
+        with self._lock:
+            for shared in self._tasks.values():
+                if shared.pid and not os.path.exists("/proc/%d" % shared.pid):
+                    shared.pid = 0  # it was killed: what it has can still be served for a while
+                if shared.pid:
+                    self._busy_at = now
+            expired = [s for s in self._tasks.values() if not s.pid and now > s.used_at + self._expire_s]
+            self._rates = {name: (want, at) for name, (want, at) in self._rates.items() if now < at + 60}
+        if expired:
+            self._drop(expired)
+        if self._alive_s and now > self._busy_at + self._alive_s:
+            self.log.info("nothing to do for %s", show_time(self._alive_s))
+            self.ended.set()
+            return
+        control.later(min(1.0, self._expire_s / 4 or 1.0, self._alive_s / 4 or 1.0), lambda: self._tick(control))
+
+    def _drop(self, tasks: List[Shared]) -> None:
+        """Stop serving some tasks and tell their supernodes."""
+        with self._lock:
+            for shared in tasks:
+                if self._tasks.get(shared.name) is shared:
+                    del self._tasks[shared.name]
+        for shared in tasks:
+            if shared.store:
+                shared.store.close()
+        threading.Thread(target=self._say_down, args=(tasks,), name="dfly-down", daemon=True).start()
+
+    def _say_down(self, tasks: List[Shared]) -> None:
+        pool = Pool(timeout_s=3.0, connect_s=1.0)
+        dead = set()  # type: Set[Tuple[str, int]]
+        for shared in tasks:
+            if shared.node in dead or not shared.node[0]:
+                continue
+            try:
+                pool.ask(shared.node[0], shared.node[1], "GET", "/peer/service/down?taskId=%s&cid=%s" % (shared.task_id, quote(shared.cid)))
+            except NetworkError as error:
+                self.log.warn("service down: %s", error)
+                dead.add(shared.node)
+        pool.close()
+
+    def farewell(self) -> None:
+        """Tell every supernode that this host no longer serves anything."""
+        with self._lock:
+            tasks, self._tasks = list(self._tasks.values()), {}
+        self._say_down(tasks)
+        for shared in tasks:
+            if shared.store:
+                shared.store.close()
+
+
+def socket_path(home: str) -> str:
+    """Return the path of the uploader's socket file, short enough for the kernel's 107 bytes."""
+    path = os.path.join(home, "peer.sock")
+    if len(path) < 100:
+        return path
+    link = os.path.join("/tmp", "dfly-%d-%s" % (os.getuid(), hashlib.sha256(os.path.abspath(home).encode()).hexdigest()[:16]))
+    make_folder(link, 0o700)
+    if os.stat(link).st_uid != os.getuid():
+        raise CannotWrite("%s belongs to somebody else" % link)
+    return os.path.join(link, "peer.sock")
+
+
+class UploaderLine:
+    """A download's way to its host's uploader."""
+
+    def __init__(self, home: str) -> None:
+        self._path = socket_path(home)
+        self.port = 0
+
+    def call(self, method: str, path: str, data: Any = None) -> Optional[Dict[str, Any]]:
+        """Ask the uploader; None when there is none, or it does not answer."""
+        try:
+            link = HttpLink(self._path, 0, CONTROL_S, CONTROL_S)
+        except NetworkError:
+            return None
+        try:
+            link.send(method, path, body=json.dumps(data).encode() if data is not None else b"")
+            reply = link.reply()
+            answer = json.loads(reply.body().decode())
+            return answer if reply.status == 200 else None
+        except (NetworkError, ValueError):
+            return None
+        finally:
+            link.close()
+
+
+def run_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: float, total_limit: int, verbose: bool,
+                 on_ready: Callable[[int], None]) -> None:
+    """Be the uploader of `home` until there is nothing left to do or a signal comes.
+
+    Raises CannotWrite, NetworkError when it can't begin, or when there is one already.
+    """
+    log = Log(os.path.join(home, "logs", "dfserver.log"), str(os.getpid()), verbose)
+    make_folder(home)
+    lock = FileLock(os.path.join(home, "peer.lock"))
+    if not lock.acquire():
+        raise CannotWrite("%s: this home has an uploader already" % home)
+    first = port or PEER_PORTS[0] + int(time.time() / 300) % (PEER_PORTS[1] - PEER_PORTS[0])
+    sock = listen(ip, first, 1 if port else 200)
+    path = socket_path(home)
+    remove(path)
+    control_sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o077)
+    control_sock.bind(path)
+    os.umask(mask)
+    control_sock.listen(64)
+    uploader = Uploader(home, log, expire_s, alive_s, total_limit)
+    public = Server(sock, Uploader.ROUTES, uploader, log, "peer", uploader.bucket)
+    control = Server(control_sock, Uploader.CONTROL_ROUTES, uploader, log, "control")
+    write_whole(os.path.join(home, "peer.pid"), b"%d\n" % os.getpid())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: uploader.ended.set())
+    uploader.serve(public, control)
+    log.info("uploader of %s on port %d", home, uploader.port)
+    on_ready(uploader.port)
+    while not uploader.ended.wait(3600):  # a limit only so that signals are seen on old Pythons
+        pass
+    control.stop()
+    remove(path)
+    remove(os.path.join(home, "peer.pid"))
+    uploader.farewell()
+    public.stop()
+    lock.release()
+    log.info("uploader ends")
+    log.close()
+
+
+def start_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: float, total_limit: int, verbose: bool) -> int:
+    """Return the port of the home's uploader, started by a double fork if there is none; 0 when that fails.
+
+    A fork, not a new program: that saves 80 ms of a start that 24 downloads on one machine may do at once.  Must be
+    called before this process has threads.
+    """
+    line = UploaderLine(home)
+    make_folder(home)
+    lock = FileLock(os.path.join(home, "start.lock"))
+    answer = line.call("GET", "/ping")
+    if not answer and lock.acquire(5.0):
+        try:
+            answer = line.call("GET", "/ping") or _fork_uploader(home, ip, port, expire_s, alive_s, total_limit, verbose)
+        finally:
+            lock.release()
+    return answer["port"] if answer and answer.get("version") == VERSION else 0
+
+
+def _fork_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: float, total_limit: int, verbose: bool) -> Optional[Dict[str, Any]]:
+    import select
+    ready_r, ready_w = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.setsid()
+            if os.fork():
+                os._exit(0)
+            os.chdir("/")
+            null = os.open(os.devnull, os.O_RDWR)
+            for fd in (0, 1, 2):
+                os.dup2(null, fd)
+            os.dup2(ready_w, 3)
+            os.closerange(4, 4096)
+            run_uploader(home, ip, port, expire_s, alive_s, total_limit, verbose, lambda port: (os.write(3, b"%d" % port), os.close(3)) and None)
+        except BaseException as error:  # nobody above this frame may run in the child
+            Log(os.path.join(home, "logs", "dfserver.log"), str(os.getpid())).error("uploader: %r", error)
+        finally:
+            os._exit(0)
+    os.close(ready_w)
+    os.waitpid(pid, 0)
+    try:
+        if select.select([ready_r], [], [], 5.0)[0]:
+            text = os.read(ready_r, 16)
+            return {"port": int(text), "version": VERSION} if text else None
+    finally:
+        os.close(ready_r)
+    return None
+
+
+# ==============================================================================
+# 13. Downloader
+#    `get`: from a supernode and its peers, piece by piece, or back to source; resume,
+#    the last check, progress and the last lines.
+# ==============================================================================
+
+FETCHERS = 4  # pieces under way at once: enough that one always flows while the others are asked for
+AHEAD = 64  # pieces a lone download may have been promised beyond those
+PEER_SILENCE_S = 4.0  # from a peer, before its piece is asked for elsewhere
+SEED_SILENCE_S = 30.0  # from a supernode, which holds a request until the origin has sent that far
+STALL_S = 5.0  # without a byte, before the reason is printed
+CHUNK = 1 << 18  # bytes received and digested at once: they are still in the cache when they are written
+
+
+class Order(NamedTuple):
+    """One piece to fetch: from whom, and what its digest must be ("": the answer will say; "<md5>:<len>": wrapped)."""
+
+    num: int
+    cid: str
+    host: str
+    port: int
+    path: str
+    digest: str
+    range_text: str
+    plain: bool = False  # `cdnSource: source`: unwrapped bytes from the origin itself.  Wire: 5.4
+
+
+class Outcome(NamedTuple):
+    """What became of an order; `error` is None when the piece is here."""
+
+    order: Order
+    seconds: float
+    length: int
+    error: Optional[DflyError]
+
+
+class Migrate(DflyError):
+    """This supernode can't go on with the task; another one, or the origin, may."""
+
+
+class FinalFailure(DflyError):
+    """What the last line reports: the error, the reason, and whether the origin was allowed."""
+
+    def __init__(self, cause: DflyError, reason: int) -> None:
+        super().__init__(str(cause))
+        self.cause, self.reason = cause, reason
+        self.exit, self.old_exit = cause.exit, cause.old_exit
+
+
+class Fetchers:
+    """The threads that move pieces of one download.  _lock guards _claims, _left and the totals.
+
+    Orders go in by `put`, outcomes come out of `outcomes`; `wake_fd` becomes readable when there is one.
+    """
+
+    def __init__(self, store: TaskFile, bucket: TokenBucket, headers: List[Tuple[str, str]], count: int, log: Log) -> None:
+        self._store, self._bucket, self._headers, self._log = store, bucket, headers, log
+        self.outcomes = collections.deque()  # type: collections.deque
+        self.wake_fd, self._wake_w = os.pipe()
+        self.bytes = collections.Counter()  # type: Dict[str, int]  # plain bytes of good pieces, by kind of holder
+        self.holders = collections.Counter()  # type: Dict[str, int]  # the same by address
+        self.received = 0  # bytes, good or bad, to see whether anything moves
+        self._lock = threading.Lock()
+        self._claims = {}  # type: Dict[int, Tuple[threading.Lock, List[Any]]]  # who may write a piece
+        self._queue = queue.Queue()  # type: queue.Queue
+        self._left = 0  # orders put and not ended
+        self._stopping = False
+        self._pool = Pool(PEER_SILENCE_S, 2.0)
+        self._threads = [threading.Thread(target=self._run, name="dfly-get-%d" % i, daemon=True) for i in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def room(self) -> int:
+        """How many more orders would be worked on at once."""
+        return max(0, len(self._threads) - self._left)
+
+    @property
+    def left(self) -> int:
+        """Orders that have not ended."""
+        return self._left
+
+    def put(self, order: Order) -> None:
+        """Have a piece fetched."""
+        with self._lock:
+            self._left += 1
+        self._queue.put(order)
+
+    def wait(self, seconds: float, others: Any = ()) -> List[Any]:
+        """Wait for an outcome or for something to read on `others`; return those of them that are ready."""
+        import select
+        ready = select.select([self.wake_fd] + list(others), [], [], seconds)[0]
+        if self.wake_fd in ready:
+            os.read(self.wake_fd, 4096)
+            ready.remove(self.wake_fd)
+        return ready
+
+    def drain(self) -> List[Outcome]:
+        """Return the outcomes since the last call."""
+        return [self.outcomes.popleft() for _ in range(len(self.outcomes))]
+
+    def stop(self) -> None:
+        """End the threads."""
+        self._stopping = True
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join(SEED_SILENCE_S)
+        self._pool.close()
+        os.close(self.wake_fd)
+        os.close(self._wake_w)
+
+    def _run(self) -> None:
+        buffer = memoryview(bytearray(CHUNK + 64))
+        for order in iter(self._queue.get, None):
+            started, error, length = time.monotonic(), None, 0
+            if self._stopping:
+                continue
+            try:
+                length = self._fetch(order, buffer)
+            except DflyError as failure:
+                error = failure
+                self._log.warn("piece %d from %s: %s", order.num, join_host(order.host, order.port), failure)
+            except Exception as failure:  # a fault of ours must not leave the download waiting for this piece
+                import traceback
+                self._log.error("piece %d: %s", order.num, traceback.format_exc())
+                error = DflyError("internal error: %r" % failure)
+            with self._lock:
+                self._left -= 1
+                if not error:
+                    kind = "origin" if order.plain else "supernode" if order.cid.startswith("cdnnode:") else "peers"
+                    self.bytes[kind] += length
+                    self.holders[join_host(order.host, order.port)] += length
+            self.outcomes.append(Outcome(order, time.monotonic() - started, length, error))
+            os.write(self._wake_w, b"x")
+
+    # -- one piece ---------------------------------------------------------------
+
+    def _fetch(self, order: Order, buffer: Any) -> int:
+        """Fetch, check, write and journal one piece; return its plain bytes, 0 if another was faster."""
+        if self._store.have >> order.num & 1:
+            return 0
+        layout = self._store.layout
+        start = int(order.range_text.partition("-")[0])
+        exact = "bytes=%d-%d" % (start, start + self._length_of(order) + (0 if order.plain else WRAP) - 1)  # Wire: 7.6 (0.2's last piece)
+        headers = [("Range", exact), ("pieceNum", str(order.num)), ("pieceSize", str(layout.size)),
+                   ("User-Agent", "dfget/" + VERSION), (DFLY_HEADER, "1")] + (self._headers if order.plain else [])
+        target = order.path
+        if order.plain:
+            headers.append(("cdnSource", "source"))
+            parts = urlsplit(order.path)
+            target = order.path.split(parts.netloc, 1)[1] if parts.netloc else order.path
+        link, reply = self._open(order, target, headers)
+        good = False
+        try:
+            if reply.status not in (200, 206):
+                raise self._refused(order, reply.status)
+            link.set_timeout(SEED_SILENCE_S if order.cid.startswith("cdnnode:") else PEER_SILENCE_S)
+            length = self._receive(order, reply, buffer)
+            good = True
+            return length
+        finally:
+            if good:
+                self._pool.done(link, reply)
+            else:
+                link.close()
+
+    def _open(self, order: Order, target: str, headers: List[Tuple[str, str]]) -> Tuple[HttpLink, Reply]:
+        seed = order.cid.startswith("cdnnode:")
+        while True:
+            link = self._pool.link(order.host, order.port)
+            kept = not link.fresh
+            try:
+                link.set_timeout(SEED_SILENCE_S if seed else PEER_SILENCE_S)
+                link.send("GET", target, headers)
+                return link, link.reply()
+            except NetworkError as error:
+                link.close()
+                if not kept or isinstance(error, TimedOut):
+                    raise
+
+    @staticmethod
+    def _refused(order: Order, status: int) -> DflyError:
+        error = NetworkError("%s answers %d for piece %d" % (join_host(order.host, order.port), status, order.num))
+        error.why = "gone" if status in (404, 416) else "other"
+        return error
+
+    def _receive(self, order: Order, reply: Reply, buffer: Any) -> int:
+        """Read the wrapped piece, digest it, write it; raises WrongBytes, NetworkError, NoSpace."""
+        layout = self._store.layout
+        offset = order.num * layout.stride
+        wrapped = not order.plain
+        expected = self._length_of(order)
+        total = expected + WRAP if wrapped else expected
+        old = bool(order.digest) and not order.digest.startswith("sha256:")
+        digest = PieceDigest(piece_head(expected, layout.size) if old else b"", reread=True)
+        first, got, lock = b"", 0, self._claim(order)
+        while got < total:
+            if self._stopping or self._store.have >> order.num & 1:
+                return self._give_up(order)
+            self._bucket.take(min(total - got, self._bucket.chunk(CHUNK)))
+            count = reply.read_into(buffer[:min(total - got, self._bucket.chunk(CHUNK))])
+            if not count:
+                break
+            self.received += count
+            view = buffer[:count]
+            if wrapped:
+                skip = max(0, 4 - got)
+                first += bytes(view[:skip])
+                view = view[skip:max(skip, expected + 4 - got)]
+            if len(view):
+                digest.update(view)
+                self._write(order, lock, offset + max(0, got - 4 if wrapped else got), view)
+            got += count
+        if got < total:
+            raise self._short(order, got, total)
+        seal = self._check(order, reply, digest, old, first, expected)
+        if not self._commit(order, lock, seal):
+            return 0
+        return expected
+
+    def _length_of(self, order: Order) -> int:
+        """Return the plain bytes the piece must have."""
+        if ":" in order.digest and not order.digest.startswith("sha256:"):
+            return int(order.digest.rpartition(":")[2]) - WRAP
+        start, _, end = order.range_text.partition("-")
+        return int(end) - int(start) + 1 - (0 if order.plain else WRAP)
+
+    @staticmethod
+    def _short(order: Order, got: int, total: int) -> DflyError:
+        error = NetworkError("%s hung up after %d of %d bytes of piece %d" % (join_host(order.host, order.port), got, total, order.num))
+        error.why = "other"
+        return error
+
+    def _check(self, order: Order, reply: Reply, digest: PieceDigest, old: bool, first: bytes, expected: int) -> Seal:
+        """Return the piece's seal if it is what it must be.  Raises WrongBytes."""
+        seal = digest.seal()
+        what = "piece %d from %s" % (order.num, join_host(order.host, order.port))
+        if old:
+            got = digest.wrapped_md5()
+            if got != order.digest:
+                raise WrongBytes(what, order.digest, got)
+        elif not order.plain:
+            text = order.digest or reply.headers.get(DFLY_HEADER, "")
+            if text != str(seal):
+                raise WrongBytes(what, text or "missing", str(seal))
+        return seal
+
+    # -- who may write -------------------------------------------------------------
+    # Late pieces are fetched twice.  The newest fetch of a piece owns its place in the file; the older one goes on
+    # reading, in case it is right and faster, only as long as it owns it.
+
+    def _claim(self, order: Order) -> Tuple[threading.Lock, List[Any]]:
+        with self._lock:
+            claim = self._claims.setdefault(order.num, (threading.Lock(), []))
+            claim[1][:] = [order]
+            return claim
+
+    def _write(self, order: Order, claim: Tuple[threading.Lock, List[Any]], offset: int, view: Any) -> None:
+        with claim[0]:
+            if claim[1][0] is not order or self._store.have >> order.num & 1:
+                raise _Superseded("piece %d is fetched from elsewhere" % order.num)
+            self._store.write(offset, view)
+
+    def _commit(self, order: Order, claim: Tuple[threading.Lock, List[Any]], seal: Seal) -> bool:
+        with claim[0]:
+            if claim[1][0] is not order or self._store.have >> order.num & 1:
+                return False
+            self._store.seal_piece(order.num, seal)
+            return True
+
+    def _give_up(self, order: Order) -> int:
+        raise _Superseded("piece %d is here already, or the download ends" % order.num)
+
+
+class _Superseded(DflyError):
+    """A fetch whose piece came from elsewhere first; nobody's fault."""
+
+    why = ""
+
+
+class Registration(NamedTuple):
+    """What a supernode said to our register."""
+
+    node: Node
+    task_id: str
+    length: Optional[int]
+    piece_size: int
+    native: bool
+    version: str
+    content: Optional[bytes]
+    plain: bool  # cdnSource "source": pieces are ranges of the origin's file
+
+
+class SyncLine:
+    """The native conversation with a supernode: one sync is always parked there, and a newer one takes its place.
+
+    Two or three connections take turns, since an answer to the older sync may still be on its way.
+    """
+
+    def __init__(self, registration: Registration, cid: str, reach: str, fetchers: Fetchers, store: TaskFile) -> None:
+        self._registration, self._cid, self._reach = registration, cid, reach
+        self._fetchers, self._store = fetchers, store
+        self._node = registration.node
+        self._idle = []  # type: List[HttpLink]
+        self._pending = []  # type: List[HttpLink]  # a sync is unanswered on these, oldest first
+        self._reports = []  # type: List[Outcome]
+        self._have = store.have  # to be told once
+        self._eager = False  # others wait for what we have
+        self.reason = ""  # why there is nothing to do, in the supernode's words
+        self.finished = False
+
+    def step(self, outcomes: List[Outcome], limit_s: float) -> None:
+        """Report, ask, wait at most `limit_s` for something to happen, and take orders.  Raises Migrate, NetworkError."""
+        self._reports += [o for o in outcomes if not isinstance(o.error, _Superseded)]
+        low = self._fetchers.left <= FETCHERS
+        if not self._pending or self._reports and (low or self._eager or any(o.error for o in self._reports)):
+            self._send()
+        for sock in self._fetchers.wait(limit_s, [link.sock for link in self._pending]):
+            self._answer(next(link for link in self._pending if link.sock is sock))
+
+    def _send(self) -> None:
+        done = [[o.order.num, o.order.cid, round(o.seconds, 4), o.length] for o in self._reports if not o.error]
+        failed = [[o.order.num, o.order.cid, getattr(o.error, "why", "other")] for o in self._reports if o.error]
+        self._reports = []
+        room = self._fetchers.room
+        message = {"task": self._registration.task_id, "cid": self._cid, "done": done, "failed": failed, "room": room,
+                   "queue": AHEAD if self._fetchers.left <= FETCHERS else 0}
+        if self._have:
+            message["have"] = "%x" % self._have
+            self._have = 0
+        body = json.dumps(message, separators=(",", ":")).encode()
+        headers = (("Content-Type", "application/json"), (DFLY_HEADER, "1"))
+        while True:
+            link = self._idle.pop() if self._idle else HttpLink(self._node.host, self._node.port, SYNC_WAIT_S + 10.0, 3.0)
+            kept = not link.fresh
+            try:
+                link.send("POST", "/peer/sync", headers, body)
+            except NetworkError:
+                link.close()
+                if not kept:
+                    raise
+                continue
+            self._pending.append(link)
+            return
+
+    def _answer(self, link: HttpLink) -> None:
+        self._pending.remove(link)
+        try:
+            reply = link.reply()
+            text = reply.body()
+            if reply.status != 200:
+                raise Migrate("%s answers %d: %.200s" % (link, reply.status, text.decode("utf-8", "replace")))
+            answer = json.loads(text.decode())
+            code = answer["code"]
+        except NetworkError:
+            link.close()
+            raise
+        except (ValueError, KeyError, TypeError):
+            link.close()
+            raise Migrate("%s answers what can't be read" % link)
+        if reply.reusable:
+            self._idle.append(link)
+        else:
+            link.close()
+        self._eager = answer.get("eager", self._eager)
+        if answer.get("length") is not None:
+            self._store.set_length(answer["length"])
+        if code == CONTINUE:
+            self._take(answer)
+        elif code == FINISH:
+            self.finished = True
+        elif code == WAIT:
+            self.reason = answer.get("msg") or self.reason
+        else:
+            raise Migrate("supernode %s: code %s: %s" % (self._node, code, answer.get("msg", "")))
+
+    def _take(self, answer: Dict[str, Any]) -> None:
+        self.reason = ""
+        layout = self._store.layout
+        for num, cid, digest in answer["pieces"]:
+            host, port, path = answer["holders"][cid]
+            self._fetchers.put(Order(num, cid, host, port, path, digest or "", layout.range_text(num)))
+
+    def close(self) -> None:
+        """Say what is still unsaid, without waiting for more than a moment, and hang up."""
+        try:
+            self._reports += [o for o in self._fetchers.drain() if not o.error]
+            if self._reports:
+                self._send()
+                self._pending[-1].set_timeout(1.0)
+                self._pending[-1].reply().body()
+        except NetworkError:
+            pass
+        for link in self._idle + self._pending:
+            link.close()
+
+
+class PullLine:
+    """The old conversation: a pull and a report a piece, polling when there is nothing.  Wire: 15"""
+
+    PAUSE_S = (0.05, 1.6)  # between polls, doubling
+
+    def __init__(self, registration: Registration, cid: str, reach: str, fetchers: Fetchers, store: TaskFile) -> None:
+        self._registration, self._cid = registration, cid
+        self._fetchers, self._store = fetchers, store
+        self._node = registration.node
+        self._pool = Pool(5.0, 2.0)
+        self._running = set()  # type: Set[int]
+        self._lengths = {}  # type: Dict[int, int]  # plain bytes of each piece seen, to learn the file's length
+        self._failures = collections.Counter()  # type: Dict[Tuple[int, str], int]
+        self._pause = self.PAUSE_S[0]
+        self._owed = [("", "", STARTED, INVALID)]  # type: List[Tuple[str, str, int, int]]  # pulls to send
+        self.reason = ""
+        self.finished = False
+        self.md5 = ""  # of the whole file, as the supernode says at the end
+
+    def step(self, outcomes: List[Outcome], limit_s: float) -> None:
+        """Report what has ended, ask for more, and wait for something to happen.  Raises Migrate, NetworkError."""
+        for outcome in outcomes:
+            self._report(outcome)
+        if not self._owed:
+            self._fetchers.wait(limit_s)
+            return
+        range_text, cid, status, result = self._owed[0]
+        query = "srcCid=%s&dstCid=%s&range=%s&result=%d&status=%d&taskId=%s" % (
+            quote(self._cid, safe=":~"), quote(cid, safe=":~"), range_text, result, status, self._registration.task_id)
+        answer = self._ask("/peer/task?" + query)
+        code = answer.get("code")
+        if code == WAIT or (code == CONTINUE and not answer.get("data") and not self._running):
+            self.reason = "waiting: supernode %s has nothing to hand out: %.200s" % (self._node, answer.get("msg", ""))
+            self._fetchers.wait(min(limit_s, self._pause))
+            self._pause = min(self.PAUSE_S[1], self._pause * 2)
+            if self._fetchers.outcomes:  # the same report need not be repeated: another one is coming
+                self._owed.pop(0)
+            return
+        self._owed.pop(0)
+        self._pause = self.PAUSE_S[0]
+        if code == CONTINUE:
+            self._take(answer.get("data") or [])
+        elif code == FINISH:
+            self._finish(answer.get("data") or {})
+        else:
+            raise Migrate("supernode %s: code %s: %.300s" % (self._node, code, answer.get("msg") or answer.get("message", "")))
+
+    def _ask(self, target: str) -> Dict[str, Any]:
+        status, body = self._pool.ask(self._node.host, self._node.port, "GET", target)
+        try:
+            answer = json.loads(body.decode())
+        except ValueError:
+            answer = None
+        if status != 200 or not isinstance(answer, dict):
+            raise Migrate("supernode %s answers %d: %.200s" % (self._node, status, body.decode("utf-8", "replace")))
+        return answer
+
+    def _report(self, outcome: Outcome) -> None:
+        order, error = outcome.order, outcome.error
+        self._running.discard(order.num)
+        if error is None:
+            self._tell("/peer/piece/suc?taskId=%s&cid=%s&dstCid=%s&pieceRange=%s" % (
+                self._registration.task_id, quote(self._cid, safe=":~"), quote(order.cid, safe=":~"), order.range_text))
+            self._owed.append((order.range_text, order.cid, RUNNING, SEMI_SUCCEEDED))
+            return
+        self._failures[order.num, order.cid] += 1
+        tries = sum(self._failures.values())
+        if tries > 30 + 3 * len(self._lengths):
+            raise Migrate("pieces keep failing, the last one: %s" % error)
+        self._fetchers.wait(min(1.0, 0.02 * 2 ** self._failures[order.num, order.cid]))  # no storm.  Wire: 16 (18)
+        kind = "FILE_NOT_EXIST" if getattr(error, "why", "") == "gone" else "FILE_MD5_NOT_MATCH" if isinstance(error, WrongBytes) else ""
+        if kind:
+            self._tell("/peer/piece/error?errorType=%s&srcCid=%s&dstCid=%s&dstIp=%s&taskId=%s&range=%s&realMd5=&expectedMd5=%s" % (
+                kind, quote(self._cid, safe=":~"), quote(order.cid, safe=":~"), order.host, self._registration.task_id, order.range_text,
+                order.digest))
+        self._owed.append((order.range_text, order.cid, RUNNING, FAILED))
+
+    def _tell(self, target: str) -> None:
+        """Send a report whose answer does not matter."""
+        try:
+            self._pool.ask(self._node.host, self._node.port, "GET", target)
+        except NetworkError as error:
+            self.reason = "waiting: %s" % error
+
+    def _take(self, pieces: List[Dict[str, Any]]) -> None:
+        self.reason = ""
+        for piece in pieces:
+            try:
+                order = self._order(piece)
+            except (KeyError, TypeError, ValueError):
+                raise Migrate("supernode %s hands out what can't be read: %.200s" % (self._node, piece))
+            if self._store.have >> order.num & 1:
+                self._owed.append((order.range_text, order.cid, RUNNING, SEMI_SUCCEEDED))
+            elif order.num not in self._running:
+                self._running.add(order.num)
+                self._fetchers.put(order)
+
+    def _order(self, piece: Dict[str, Any]) -> Order:
+        num, range_text, path = int(piece["pieceNum"]), str(piece["range"]), str(piece["path"])
+        if not re.match(r"^\d{1,18}-\d{1,18}$", range_text) or not 0 <= num < MAX_COUNT:
+            raise ValueError(range_text)
+        if self._registration.plain or "://" in path:
+            parts = urlsplit(path)
+            start, end = map(int, range_text.split("-"))
+            if self._registration.length is not None:
+                end = min(end, self._registration.length - 1)
+            return Order(num, str(piece["cid"]), parts.hostname or str(piece["peerIp"]), parts.port or int(piece["peerPort"] or 80), path, "",
+                         "%d-%d" % (start, end), plain=True)
+        digest = str(piece["pieceMd5"])
+        match = re.match(r"^([0-9a-f]{32}):(\d{1,9})$", digest)
+        if not match or int(match.group(2)) < WRAP:
+            raise ValueError(digest)
+        self._lengths[num] = int(match.group(2)) - WRAP
+        return Order(num, str(piece["cid"]), str(piece["peerIp"]), int(piece["peerPort"]), path, digest, range_text)
+
+    def _finish(self, data: Dict[str, Any]) -> None:
+        """Believe a 600 only when every piece is here.  Wire: 16 (19)"""
+        self.md5 = str(data.get("md5") or "")
+        layout = self._store.layout
+        if layout.length is None and self._lengths:
+            count = max(self._lengths) + 1
+            if self._store.have == (1 << count) - 1:
+                self._store.set_length((count - 1) * layout.stride + self._store_length(count - 1))
+        if not self._store.complete:
+            raise Migrate("supernode %s says that the download is finished, but pieces are missing" % self._node)
+        self.finished = True
+
+    def _store_length(self, num: int) -> int:
+        seal = self._store.seal(num)
+        return seal.length if seal else 0
+
+    def close(self) -> None:
+        """Hang up."""
+        self._pool.close()
+
+
+class Progress:
+    """What a person sees while it runs: a bar on a terminal, else a line now and then; and why it stands still."""
+
+    def __init__(self, out: Any, bar: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._out, self._clock = out, clock
+        self._bar = bar
+        self._tty = bar and out.isatty()
+        self._drawn_at = self._began = self._moved_at = self._told_at = clock()
+        self._bytes = self._marked = 0
+        self._marks = collections.deque()  # type: collections.deque  # (when, bytes), over the last seconds
+        self.best = 0.0  # bytes per second in the fastest second: what this link can do at least
+        self._width = 0
+
+    def show(self, received: int, length: Optional[int], kept: int, peers: int, share: float, reason: str) -> None:
+        """Note that `received` bytes have come, and tell what is worth telling."""
+        now = self._clock()
+        if received != self._bytes:
+            self._bytes, self._moved_at = received, now
+        self._marks.append((now, received))
+        while now - self._marks[0][0] > 1.0:
+            then, before = self._marks.popleft()
+            self.best = max(self.best, (received - before) / (now - then))
+        if now - self._moved_at > STALL_S and now - self._told_at > STALL_S:
+            self._told_at = now
+            self.line(reason or "waiting: no byte for %s" % show_time(now - self._moved_at))
+        if self._bar and now - self._drawn_at > (0.2 if self._tty else 5.0):
+            self._drawn_at = now
+            self._draw(received, length, kept, peers, share)
+
+    def _draw(self, received: int, length: Optional[int], kept: int, peers: int, share: float) -> None:
+        then, before = self._marks[0]
+        rate = (received - before) / max(self._clock() - then, 0.1)
+        have = kept + received
+        text = "%s  %s/s" % (show_size(have), show_size(rate))
+        if length:
+            left = max(0, length - have)
+            text = "%3d%% %s of %s  %s/s  %s left" % (min(100, 100 * have // length), show_size(have), show_size(length), show_size(rate),
+                                                    show_time(left / rate) if rate > 1 else "?")
+        text += "  %d peers, %d%% P2P" % (peers, 100 * share)
+        if self._tty:
+            cells = int(20 * min(have, length) / length) if length else 0
+            text = "[%s%s] %s" % ("#" * cells, "." * (20 - cells), text)
+            self._out.write("\r" + text.ljust(self._width))
+            self._width = len(text)
+            self._out.flush()
+        else:
+            self.line(text)
+
+    def line(self, text: str) -> None:
+        """Print a line of its own."""
+        if self._width:
+            self._out.write("\r" + " " * self._width + "\r")
+            self._width = 0
+        self._out.write(text + "\n")
+        self._out.flush()
+
+
+class Download:
+    """One run of `get`.  `options` are the parsed flags (see the command line section)."""
+
+    def __init__(self, options: Any, out: Any = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.options = options
+        self._clock = clock
+        self.began = clock()
+        self.out = out or sys.stdout
+        self.sign = "%d-%.3f" % (os.getpid(), time.time())  # Wire: 2.3
+        self.home = os.path.abspath(options.home)
+        self.log = Log(os.path.join(self.home, "logs", "dfclient.log"), self.sign, options.verbose, options.console)
+        self.url = options.url
+        self.headers = parse_headers(options.header)
+        self.origin = Origin(self.url, self.headers, options.insecure, options.cacerts)
+        self.task_url = filter_url(self.url, options.filter)
+        self.task_id = task_id_of(self.task_url, options.md5, options.identifier, self.origin.header("range"))
+        self.target = self._target()
+        folder, name = os.path.split(self.target)
+        hidden = os.path.join(folder, ".%s.%s.dfly" % (name[:150], self.task_id[:16]))
+        self._data, self._journal = hidden, hidden + ".journal"
+        self.name = "%s-%s" % (re.sub(r"[^\w.@+-]", "_", name)[:100], self.sign)  # Wire: 2.3, and safe in a path
+        self.store = None  # type: Optional[TaskFile]
+        self.bucket = TokenBucket(options.locallimit)
+        self.reason = REASON_NONE
+        self.ip, self.cid, self.port, self.reach = "", "", 0, ""
+        self.kept = 0  # bytes that an earlier run had left
+        self.bytes = collections.Counter()  # type: Dict[str, int]  # where the rest came from
+        self.holders = collections.Counter()  # type: Dict[str, int]  # by the address that sent it
+        self.progress = Progress(self.out, options.showbar)
+        self._deadline = None  # type: Optional[float]
+        self._line = None  # type: Any
+        self._uploader = UploaderLine(self.home)
+        self._share_at = 0.0
+        self._md5 = None  # type: Optional[Md5Follower]
+        self._old_md5 = ""  # what an old supernode says at the end
+        self._peers = set()  # type: Set[str]
+
+    def _target(self) -> str:
+        """Return the absolute path of the output.  Raises BadUsage, CannotWrite."""
+        output = self.options.output or unquote(urlsplit(self.url).path).rstrip("/").rpartition("/")[2]
+        if not output:
+            raise BadUsage("%s names no file: say one with -o" % self.url)
+        target = os.path.abspath(output)
+        if os.path.isdir(target) or output.endswith("/"):
+            raise BadUsage("%s is a folder: name the file with -o" % output)
+        folder = make_folder(os.path.dirname(target))
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise CannotWrite("%s: Permission denied" % folder)
+        return target
+
+    # -- the run ---------------------------------------------------------------
+
+    def run(self) -> None:
+        """Download.  Raises FinalFailure, and BadUsage or CannotWrite before it has begun."""
+        say = self.progress.line
+        say("--%s--  %s" % (time.strftime("%Y-%m-%d %H:%M:%S"), self.url))
+        say("dfget version:%s" % VERSION)
+        say("workspace:%s" % self.home)
+        say("sign:%s" % self.sign)
+        try:
+            if self.options.md5:
+                new_md5()
+            self._everything()
+        except (NoSpace, CannotWrite) as error:
+            raise FinalFailure(error, error.reason + REASON_NO_SOURCE)
+        finally:
+            self._finish_up()
+
+    def _everything(self) -> None:
+        if self.options.pattern == "source":
+            self.reason = REASON_USER
+            self._from_source()
+            return
+        try:
+            self._from_swarm()
+        except (NoSpace, CannotWrite, NeedAuth):
+            raise
+        except DflyError as error:
+            self.reason = self.reason or error.reason
+            self.log.warn("%s", error)
+            if self.options.notbs:
+                raise FinalFailure(error, self.reason + REASON_NO_SOURCE)
+            self.progress.line("failed to download by dragonfly: %s, and start try to download from source" % error)
+            self._from_source()
+
+    def _finish_up(self) -> None:
+        complete = bool(self.store and self.store.complete)
+        if self.port:
+            self._uploader.call("POST", "/finish", {"name": self.name, "complete": complete})
+        if self._md5:
+            self._md5.stop()
+        if self.store:
+            self.store.close()
+        self.log.info("|%s|%s|%s|%s|%s|%s|%.3f|", self.task_id, self.url, self.store and self.store.layout.length,
+                      dict(self.bytes), self.reach, self.options.callsystem, self._clock() - self.began)
+        self.log.info("sources %s", json.dumps(self.holders))
+        self.log.close()
+
+    # -- by the swarm -------------------------------------------------------------
+
+    def _from_swarm(self) -> None:
+        """Download by supernodes and peers.  Raises whatever makes that impossible."""
+        nodes = order_nodes(self.options.nodes, self.task_url)
+        if not nodes:
+            self.reason = REASON_NO_NODE
+            raise NetworkError("no supernode is configured (--node, or [node] address in %s)" % CONFIG)
+        rounds = 3 if self.options.notbs else 1
+        last = None  # type: Optional[DflyError]
+        for attempt in range(rounds * len(nodes)):
+            node = nodes[attempt % len(nodes)]
+            if attempt and attempt % len(nodes) == 0:
+                time.sleep(1.0)  # all have failed: they may be about to come back
+            try:
+                registration = self._register(node)
+            except (NetworkError, Migrate) as error:
+                self.log.warn("supernode %s: %s", node, error)
+                last, self.reason = error, self.reason or REASON_REGISTER
+                continue
+            if last is not None and self.store is not None:
+                self.progress.line("migrated to node:%s" % node)
+            try:
+                self.reason = REASON_NONE
+                self._swarm(registration)
+                return
+            except (NetworkError, Migrate) as error:
+                self.log.warn("supernode %s: %s", node, error)
+                last, self.reason = error, REASON_DOWNLOAD
+        assert last
+        raise last
+
+    def _prepare(self, node: Node) -> None:
+        """Find the own address and the host's uploader; once."""
+        self.reach = socket.gethostbyname(node.host) if not self.reach and not re.match(r"^[0-9a-fA-F:.]+$", node.host) else node.host
+        if self.cid:
+            return
+        self.ip = self.options.ip or local_address_to(node.host, node.port, 2.0)
+        self.cid = "%s-%s" % (self.ip, self.sign)
+        if self.options.pattern == "p2p":
+            self.port = start_uploader(self.home, "", self.options.port, self.options.expiretime, self.options.alivetime,
+                                       self.options.totallimit, self.options.verbose)
+            if not self.port:
+                self.log.warn("no uploader: this host will not serve others")
+
+    def _register(self, node: Node) -> Registration:
+        """Register with a supernode.  Raises NetworkError, Migrate, NeedAuth.  Wire: 1"""
+        try:
+            self._prepare(node)
+        except socket.gaierror as error:
+            raise NetworkError("%s: %s" % (node, error.strerror))
+        body = {"superNodeIp": self.reach, "rawUrl": self.url, "taskUrl": self.task_url, "cid": self.cid, "ip": self.ip,
+                "hostName": socket.gethostname(), "port": self.port, "path": "/peer/file/" + self.name, "version": VERSION}
+        options = self.options
+        for key, value in (("callSystem", options.callsystem), ("md5", options.md5), ("identifier", "" if options.md5 else options.identifier),
+                           ("headers", ["%s: %s" % pair for pair in self.headers]), ("dfdaemon", options.dfdaemon), ("insecure", options.insecure),
+                           ("rootCAs", self._root_cas())):
+            if value:
+                body[key] = value
+        headers = [("Content-Type", "application/json"), ("User-Agent", "dfly/" + VERSION), (DFLY_HEADER, "1 " + options.location)]
+        if options.pattern == "cdn":
+            headers.append(("X-Dfly-Pattern", "cdn"))
+        for _ in range(4):
+            status, text = Pool(5.0, 2.0).ask(node.host, node.port, "POST", "/peer/registry", headers, json.dumps(body).encode())
+            try:
+                answer = json.loads(text.decode())
+                code = answer["code"]
+            except (ValueError, KeyError, TypeError):
+                raise Migrate("supernode %s answers %d: %.200s" % (node, status, text.decode("utf-8", "replace")))
+            if code != WAIT_AUTH:
+                break
+            time.sleep(1.0)
+        message = "supernode %s: code %s: %.300s" % (node, code, answer.get("msg") or answer.get("message") or "")
+        if code == NEED_AUTH:
+            raise NeedAuth(message)
+        if code == URL_UNREACHABLE:
+            self.reason = REASON_REGISTER
+            raise SourceError(message)
+        if code != SUCCESS or not isinstance(answer.get("data"), dict):
+            raise Migrate(message)
+        return self._registration(node, answer["data"])
+
+    def _root_cas(self) -> List[str]:
+        import base64
+        texts = []
+        for path in self.options.cacerts:
+            try:
+                with open(path, "rb") as file:
+                    texts.append(base64.b64encode(file.read()).decode())
+            except OSError as error:
+                raise BadUsage("--cacerts %s: %s" % (path, error.strerror))
+        return texts
+
+    def _registration(self, node: Node, data: Dict[str, Any]) -> Registration:
+        try:
+            length, size, task_id = int(data["fileLength"]), int(data["pieceSize"]), str(data["taskId"])
+        except (KeyError, TypeError, ValueError):
+            raise Migrate("supernode %s: a register answer that can't be read: %.300s" % (node, data))
+        if not WRAP < size <= 1 << 27 or length < -1 or not re.match(r"^[\w.:~-]{1,256}$", task_id):
+            raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
+        extra = data.get("dfly") or {}
+        content = None
+        if "content" in extra:
+            import base64
+            content = base64.b64decode(extra["content"])
+        return Registration(node, task_id, None if length < 0 else length, size, bool(extra), str(extra.get("version", "")), content,
+                            data.get("cdnSource") == "source")
+
+    def _swarm(self, registration: Registration) -> None:
+        """Fetch what is missing through one supernode; publish when all is right."""
+        self.progress.line("client:%s connected to node:%s" % (self.ip, registration.node))
+        self.progress.line("start download by dragonfly...")
+        self._open_store(registration.length, registration.piece_size + (WRAP if registration.plain else 0), registration.version)
+        assert self.store
+        self._set_deadline(registration.length)
+        if registration.content is not None and not self.store.complete:
+            self._small(registration.content)
+            return
+        if self.port:
+            self._uploader.call("POST", "/adopt", {
+                "name": self.name, "task": registration.task_id, "cid": self.cid, "node": [registration.node.host, registration.node.port],
+                "pid": os.getpid(), "data": self.store.data, "journal": self.store.journal, "total": self.options.totallimit})
+        fetchers = Fetchers(self.store, self.bucket, self.headers, FETCHERS, self.log)
+        line = (SyncLine if registration.native else PullLine)(registration, self.cid, self.reach, fetchers, self.store)
+        try:
+            self._loop(line, fetchers)
+            self._settle(fetchers)
+            self._old_md5 = getattr(line, "md5", "")
+            self._publish()
+        finally:
+            line.close()
+            fetchers.stop()
+            self.bytes.update(fetchers.bytes)
+            self.holders.update(fetchers.holders)
+
+    def _small(self, content: bytes) -> None:
+        """Take a file that came inside the register answer."""
+        assert self.store
+        if self.store.layout.count != 1 or len(content) != self.store.layout.length:
+            raise Migrate("the file in the register answer has %d bytes" % len(content))
+        digest = PieceDigest()
+        digest.update(content)
+        self.store.write(0, content)
+        self.store.seal_piece(0, digest.seal())
+        self.bytes["supernode"] += len(content)
+        self._publish()
+
+    def _loop(self, line: Any, fetchers: Fetchers) -> None:
+        """Run the conversation until every piece is here."""
+        store = self.store
+        assert store
+        while not line.finished and not (isinstance(line, SyncLine) and store.complete):
+            now = self._clock()
+            if self._deadline is not None and now > self._deadline:
+                raise Stalled("not finished within the %s allowed; %s" % (show_time(self._deadline - self.began), line.reason or "no reason known"))
+            limit = 0.2 if self.progress._tty or self.options.totallimit else 0.5
+            outcomes = fetchers.drain()
+            self._watch(line, fetchers, outcomes)
+            line.step(outcomes, max(0.0, min(limit, self._deadline - now if self._deadline is not None else limit)))
+
+    def _watch(self, line: Any, fetchers: Fetchers, outcomes: List[Outcome]) -> None:
+        """Between two steps: progress, the host's limit, and what failed for good."""
+        assert self.store
+        total = sum(fetchers.bytes.values())
+        self.progress.show(fetchers.received, self.store.layout.length, self.kept, len(self._peers),
+                           fetchers.bytes["peers"] / total if total else 0.0, line.reason)
+        for outcome in outcomes:
+            if isinstance(outcome.error, (NoSpace, CannotWrite)):
+                raise outcome.error
+            if not outcome.error and not outcome.order.cid.startswith("cdnnode:"):
+                self._peers.add(outcome.order.cid)
+        if self._md5:
+            self._md5.nudge()
+        if self.options.totallimit and self.port and self._clock() > self._share_at + 0.4:
+            self._share_at = self._clock()
+            answer = self._uploader.call("POST", "/share", {"name": self.name, "want": self.options.locallimit})
+            if answer:
+                self.bucket.rate = answer["rate"]
+
+    def _set_deadline(self, length: Optional[int]) -> None:
+        """Begin the time allowed for the whole: --timeout, else what --minrate makes of the length.  Wire: 3.5"""
+        allowed = self.options.timeout
+        if not allowed:
+            allowed = 300.0 if length is None else length / float(self.options.minrate) + 10.0
+        if self._deadline is None:
+            self._deadline = self.began + allowed
+
+    # -- the store, from beginning to end --------------------------------------------
+
+    def _open_store(self, length: Optional[int], size: int, version: str) -> None:
+        """Go on with what an earlier run or another supernode has left, or begin anew.  Raises NoSpace, CannotWrite."""
+        about = {"task": self.task_id, "url": self.task_url, "version": version}
+        if self.store and self._fits(self.store, length, size, version):
+            return
+        if self.store:
+            self.store.close()
+        self.store = TaskFile.resume(self._data, self._journal)
+        if self.store and self._fits(self.store, length, size, version):
+            wrong = self.store.verify()
+            self.kept = self.store.kept_bytes
+            self.log.info("resuming with %d bytes, %d pieces were damaged", self.kept, wrong)
+            self.progress.line("resuming: %s of an earlier run kept%s" % (
+                show_size(self.kept), ", %d damaged pieces dropped" % wrong if wrong else ""))
+            if length is not None:
+                self.store.set_length(length)
+        else:
+            if self.store:
+                self.store.close()
+            self.store = TaskFile.create(self._data, self._journal, about, length, size)
+        self.store.need_space()
+        if self.options.md5 and not self._md5:
+            self._md5 = Md5Follower(self.store)
+
+    def _fits(self, store: TaskFile, length: Optional[int], size: int, version: str) -> bool:
+        """Return whether kept pieces may be pieces of this file.  Where no version is known, the whole-file digest of
+        an old supernode decides in the end."""
+        known = store.about.get("version", "")
+        return (store.about.get("task") == self.task_id and store.layout.size == size and known == version
+                and (length is None or store.layout.length in (None, length)))
+
+    def _settle(self, fetchers: Fetchers) -> None:
+        """Read back what was written and drop what is not what arrived.  Raises WrongBytes."""
+        store = self.store
+        assert store and store.layout.count is not None
+        wrong = [num for num in range(store.layout.count) if not store.reread(num, strong=False)]
+        if wrong:
+            store.drop(wrong)
+            raise WrongBytes(store.data, "that of %d pieces as they arrived" % store.layout.count, "another for %d of them" % len(wrong))
+
+    def _publish(self) -> None:
+        """Check the whole file, give it its name.  Raises WrongBytes, CannotWrite."""
+        store = self.store
+        assert store and store.complete
+        expected = self.options.md5 or self._old_md5
+        if expected:
+            follower = self._md5 or Md5Follower(store)
+            digest = follower.wait()
+            if digest != expected.lower():
+                store.delete()
+                self._forget()
+                raise WrongBytes(self.url, expected, digest)
+        if self.port:
+            self._uploader.call("POST", "/finish", {"name": self.name, "complete": True})
+        umask = os.umask(0)
+        os.umask(umask)
+        store.publish(self.target, 0o666 & ~umask)
+
+    def _forget(self) -> None:
+        """Begin anew: what we hold is wrong as a whole."""
+        self.store, self.kept, self._old_md5 = None, 0, ""
+        if self._md5:
+            self._md5.stop()
+            self._md5 = None
+
+    # -- back to source ---------------------------------------------------------------
+
+    def _from_source(self) -> None:
+        """Download straight from the origin, keeping what is already here.  Raises FinalFailure."""
+        self.progress.line("start download %s from the source station" % os.path.basename(self.target))
+        try:
+            try:
+                self._source_once()
+            except SourceChanged as error:  # what was kept is of an older file
+                self.log.warn("%s", error)
+                if self.store:
+                    self.store.delete()
+                self._forget()
+                self._source_once()
+        except (NoSpace, CannotWrite):
+            raise
+        except DflyError as error:
+            raise FinalFailure(error, self.reason or error.reason)
+
+    def _source_once(self) -> None:
+        first = None  # type: Optional[OriginReply]
+        kept = self.store or TaskFile.resume(self._data, self._journal)
+        usable = kept is not None and kept.about.get("task") == self.task_id and bool(kept.about.get("version")) and kept.claimed > 0
+        if usable and kept:
+            self.store = kept if kept is self.store else None
+            if not self.store:
+                kept.close()
+                self._open_store(None, kept.layout.size, kept.about["version"])
+        else:
+            if kept:
+                kept.close()
+            first = self.origin.open()
+            self.store = None
+            self._open_store(first.length, choose_piece_size(first.length), first.version)
+        assert self.store
+        self._deadline = self._clock() + self.options.timeout if self.options.timeout else None
+        start = self.store.kept_bytes
+        filler = Filler(self.origin, self.store, self.bucket, lambda num: self._source_piece(filler, start), stopped=self._late)
+        try:
+            filler.fill(first)
+        except Stalled:
+            raise Stalled("not finished within the %s allowed" % show_time(self.options.timeout))
+        finally:
+            self.bytes["origin"] += filler.read_bytes
+        self._settle_source()
+        self._publish()
+
+    def _late(self) -> bool:
+        return self._deadline is not None and self._clock() > self._deadline
+
+    def _source_piece(self, filler: Filler, start: int) -> None:
+        assert self.store
+        self.progress.show(filler.read_bytes, self.store.layout.length, self.kept, 0, 0.0, "waiting: the origin sends nothing")
+        if self._md5:
+            self._md5.nudge()
+
+    def _settle_source(self) -> None:
+        store = self.store
+        assert store and store.layout.count is not None
+        for num in range(store.layout.count):
+            if not store.reread(num, strong=False):
+                store.drop([num])
+                raise WrongBytes(store.data, "that of piece %d as it arrived" % num, "another")
+
+    # -- the last lines --------------------------------------------------------------
+
+    def last_lines(self, failure: Optional[FinalFailure]) -> None:
+        """Print the original's last line, and ours that explains the download.  Wire: 8.3"""
+        cost = self._clock() - self.began
+        if failure:
+            self.progress.line("download FAIL(%d) cost:%.3fs length:%s reason:%d error:%s" % (
+                1100 + (3 if failure.old_exit == 79 else 4), cost, self._length(), failure.reason,
+                json.dumps({"Code": 1100 + (3 if failure.old_exit == 79 else 4), "Msg": str(failure)})))
+            return
+        length = self._length()
+        self.progress.line("download SUCCESS cost:%.3fs length:%d reason:%d" % (cost, length, self.reason))
+        total = sum(self.bytes.values())
+        text = "%s in %s (%s/s)" % (show_size(length), show_time(cost), show_size(length / max(cost, 0.001)))
+        if self.progress.best and cost > 1.5:
+            floor = (length - self.kept) / self.progress.best
+            text += "; floor for this link %s (%d %%)" % (show_time(floor), 100 * cost / max(floor, 0.001))
+        if total:
+            text += "; from: " + ", ".join("%s %d %%" % (kind, round(100.0 * self.bytes[kind] / total)) for kind in ("origin", "supernode", "peers"))
+        if self._peers:
+            text += " (%d of them)" % len(self._peers)
+        if self.kept:
+            text += "; %s kept from an earlier run" % show_size(self.kept)
+        self.progress.line(text)
+
+    def _length(self) -> int:
+        return self.store.layout.length or 0 if self.store else 0
+
+
+# ==============================================================================
+# 16. Command line
+#    Flags, the programs they start, and what a link's name means.
+# ==============================================================================
+
+USAGE = "dfly.py get | supernode | peer | demo | version   (--help after any of them)"
+
+
+def _flag(parser: Any, *names: str, **how: Any) -> None:
+    how.setdefault("metavar", how.get("type", str).__name__.replace("parse_", "").upper() if "action" not in how else None)
+    if how["metavar"] is None or how.get("choices"):
+        how.pop("metavar")
+    parser.add_argument(*names, **how)
+
+
+def _parser(command: str, about: str) -> Any:
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        """Says what is wrong in one line."""
+
+        def error(self, message: str) -> Any:
+            raise BadUsage("%s (see %s --help)" % (message, self.prog))
+
+    parser = Parser(prog=command, description=about, allow_abbrev=False)
+    _flag(parser, "--config", metavar="FILE", default=None, help="settings (default %s, if it is there)" % CONFIG)
+    return parser
+
+
+def _csv(text: str) -> List[str]:
+    return [part for part in re.split(r"[,\s]+", text) if part]
+
+
+def _port(text: str) -> int:
+    if not re.match(r"^\d{1,5}$", text) or int(text) > 65535:
+        raise BadUsage("not a port: %r" % text)
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not re.match(r"^[1-9]\d{0,8}$", text):
+        raise BadUsage("not a positive number: %r" % text)
+    return int(text)
+
+
+def _parse(parser: Any, section: str, arguments: List[str]) -> Any:
+    """Return the flags, with what the configuration's section says under them.  Raises BadUsage."""
+    given = [b for a, b in zip(arguments, arguments[1:]) if a == "--config"] + [a[9:] for a in arguments if a.startswith("--config=")]
+    config = read_config(given[-1] if given else CONFIG, bool(given))
+    flags = {name.lstrip("-"): action for action in parser._actions for name in action.option_strings if name.startswith("--")}
+    values = dict(config.get(section, {}))
+    if "node" in config and "address" in config["node"] and "node" in flags:
+        values.setdefault("node", config["node"]["address"])
+    for key, value in values.items():
+        if key not in flags:
+            raise BadUsage("%s: [%s] has no setting %r" % (given[-1] if given else CONFIG, section, key))
+        action = flags[key]
+        if action.nargs == 0:
+            if value.lower() not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+                raise BadUsage("[%s] %s: say true or false" % (section, key))
+            parser.set_defaults(**{action.dest: value.lower() in ("true", "yes", "on", "1")})
+        else:
+            parser.set_defaults(**{action.dest: value})
+    options = parser.parse_args(arguments)
+    options.home = os.path.abspath(os.path.expanduser(options.home))
+    return options
+
+
+def _common_peer_flags(parser: Any) -> None:
+    _flag(parser, "--home", metavar="FOLDER", default="~/.small-dragonfly", help="work folder (default ~/.small-dragonfly)")
+    _flag(parser, "--ip", default="", metavar="IP", help="address that other peers shall use for this host")
+    _flag(parser, "--port", type=_port, default=0, metavar="PORT", help="port of this host's uploader (default: 15000 and up)")
+    _flag(parser, "--expiretime", type=parse_duration, default=180.0, help="how long a finished file is served after its last use (3m)")
+    _flag(parser, "--alivetime", type=parse_duration, default=300.0, help="how long the uploader lives without work; 0: for ever (5m)")
+    _flag(parser, "--totallimit", "--total-limit", type=parse_size, default=0, metavar="RATE",
+          help="limit of all downloads and of all uploads of this host, e.g. 20M (none)")
+    _flag(parser, "--verbose", action="store_true", help="keep debug lines in the log")
+
+
+def get_parser(command: str) -> Any:
+    """Return the parser of `get`.  Wire: 8.2"""
+    parser = _parser(command, "Download a file through a supernode and its peers, or straight from its origin.")
+    _common_peer_flags(parser)
+    _flag(parser, "-u", "--url", default="", help="what to download, http or https")
+    _flag(parser, "-o", "-O", "--output", default="", metavar="PATH", help="where to (default: the URL's last part)")
+    _flag(parser, "-m", "--md5", default="", help="MD5 the whole file must have")
+    _flag(parser, "-i", "--identifier", default="", metavar="ID", help="makes the same URL another task (not with --md5)")
+    _flag(parser, "-f", "--filter", default="", metavar="a&b", help="query parameters that do not matter to which file it is")
+    _flag(parser, "-n", "--node", dest="nodes", type=parse_nodes, default="127.0.0.1:8002", metavar="HOST[:PORT][=WEIGHT],…", help="supernodes")
+    _flag(parser, "-s", "--locallimit", type=parse_size, default=0, metavar="RATE", help="limit of this download, e.g. 20M (none)")
+    _flag(parser, "--minrate", type=parse_size, default=64 << 10, metavar="RATE", help="slowest acceptable rate: sets --timeout (64K)")
+    _flag(parser, "-e", "--exceed", "--timeout", dest="timeout", type=parse_duration, default=0.0, metavar="TIME",
+          help="give up on the swarm after this, e.g. 30 or 30s (length / minrate + 10 s)")
+    _flag(parser, "-p", "--pattern", choices=("p2p", "cdn", "source"), default="p2p", help="peers and supernode, supernode only, or origin only")
+    _flag(parser, "--header", action="append", default=[], metavar="'NAME: VALUE'", help="header for the origin; may be repeated")
+    _flag(parser, "--notbs", action="store_true", help="never go back to source")
+    _flag(parser, "--insecure", action="store_true", help="take any certificate of the origin")
+    _flag(parser, "--cacerts", type=_csv, default=[], metavar="FILE,…", help="more certificate authorities for the origin")
+    _flag(parser, "--callsystem", default="", metavar="NAME", help="who is calling, for the logs")
+    _flag(parser, "--dfdaemon", action="store_true", help="called by dfdaemon")
+    _flag(parser, "-b", "--showbar", action="store_true", help="show progress")
+    _flag(parser, "--console", action="store_true", help="log lines on standard error too")
+    _flag(parser, "--clientqueue", type=_positive, default=6, metavar="N", help="accepted for compatibility")
+    _flag(parser, "--location", default="", metavar="SITE/RACK", help="where this host is (default: read from its address)")
+    _flag(parser, "-v", "--version", action="store_true", help="print the version")
+    parser.add_argument("address", nargs="?", default="", metavar="URL", help="the same as --url")
+    return parser
+
+
+def run_get(arguments: List[str], old: bool) -> int:
+    """`get` and `dfget`: download; return the exit status."""
+    options = _parse(get_parser("dfget" if old else "dfly.py get"), "get", arguments)
+    if options.version:
+        print("dfget version:%s" % VERSION)
+        return 0
+    options.url = options.url or options.address
+    if not options.url:
+        raise BadUsage("say what to download with -u URL")
+    if not re.match(r"^https?://[^/\s]+", options.url, re.I):
+        raise BadUsage("not an http(s) URL: %r" % options.url)
+    if options.md5 and not re.match(r"^[0-9a-fA-F]{32}$", options.md5):
+        raise BadUsage("not an MD5: %r" % options.md5)
+    if isinstance(options.cacerts, str):
+        options.cacerts = _csv(options.cacerts)
+    try:
+        download = Download(options)
+    except BadRequest as error:
+        raise BadUsage(str(error))
+    try:
+        download.run()
+    except FinalFailure as failure:
+        download.last_lines(failure)
+        return failure.old_exit if old else failure.exit
+    download.last_lines(None)
+    return 0
+
+
+def run_peer(arguments: List[str]) -> int:
+    """`peer`: be this host's uploader, in the foreground.  Wire: 7"""
+    parser = _parser("dfly.py peer", "Serve this host's downloads to other peers; `get` starts one by itself.")
+    _common_peer_flags(parser)
+    for name in ("--meta", "--data"):  # as dfget 1.0 starts its own
+        _flag(parser, name, default="", metavar="PATH", help="accepted for compatibility")
+    options = _parse(parser, "peer", arguments)
+    run_uploader(options.home, "", options.port, options.expiretime, options.alivetime, options.totallimit, options.verbose,
+                 lambda port: print("dfget uploader server port is %d" % port, flush=True))
+    return 0
+
+
+def supernode_parser() -> Any:
+    """Return the parser of `supernode`.  Wire: 9"""
+    parser = _parser("dfly.py supernode", "Track, schedule and seed downloads.")
+    _flag(parser, "--home", "--home-dir", metavar="FOLDER", default="~/.small-dragonfly/supernode", help="cache and logs")
+    _flag(parser, "--port", type=_port, default=SUPERNODE_PORT, help="of the API (8002; 0: any)")
+    _flag(parser, "--download-port", type=_port, default=PIECE_PORT, help="of the piece files (8001; 0: any)")
+    _flag(parser, "--bind", default="", metavar="IP", help="address to listen on (all)")
+    _flag(parser, "--advertise-ip", default="", metavar="IP", help="address that peers shall use (first of this host)")
+    _flag(parser, "--max-bandwidth", type=parse_size, default=0, metavar="RATE", help="limit each way: from origins, and to peers (none)")
+    _flag(parser, "--system-bandwidth", type=parse_size, default=0, metavar="RATE", help="part of --max-bandwidth left to others (0)")
+    _flag(parser, "--up-limit", type=_positive, default=2, metavar="N", help="pieces a peer uploads at once (2)")
+    _flag(parser, "--down-limit", type=_positive, default=4, metavar="N", help="pieces an old client downloads at once (4)")
+    _flag(parser, "--seed-limit", type=_positive, default=3, metavar="N", help="first copies the supernode sends at once (3)")
+    _flag(parser, "--fail-access-interval", type=parse_duration, default=5.0, help="how long a failed origin is not asked again (5s)")
+    _flag(parser, "--task-expire-time", type=parse_duration, default=180.0, help="how long an unused task stays in memory (3m)")
+    _flag(parser, "--disk-reserve", type=parse_size, default=0, metavar="SIZE", help="free space that the cache leaves (0)")
+    for name in ("--peer-gc-delay", "--gc-initial-delay", "--gc-meta-interval", "--gc-disk-interval", "--young-gc-threshold", "--full-gc-threshold"):
+        _flag(parser, name, default="", metavar="X", help="accepted for compatibility")
+    _flag(parser, "--cdn-pattern", choices=("local", "cdn"), default="local", help="accepted for compatibility")
+    _flag(parser, "-D", "--debug", action="store_true", help="keep debug lines in the log")
+    return parser
+
+
+def first_address() -> str:
+    """Return this host's first IPv4 address that is not a loopback one, else 127.0.0.1."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))  # sends nothing: it only asks the routing table
+            return sock.getsockname()[0]
+        except OSError:
+            return "127.0.0.1"
+
+
+def many_descriptors() -> None:
+    """Allow this process as many open connections as the system does."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (ValueError, OSError):  # not allowed here: the soft limit will do
+            pass
+
+
+def run_supernode(arguments: List[str]) -> int:
+    """`supernode`: serve until a signal comes."""
+    options = _parse(supernode_parser(), "supernode", arguments)
+    many_descriptors()
+    log = Log(os.path.join(options.home, "logs", "app.log"), str(os.getpid()), options.debug)
+    make_folder(options.home)
+    lock = FileLock(os.path.join(options.home, "supernode.lock"))
+    if not lock.acquire(2.0):
+        raise CannotWrite("%s: another supernode uses this home" % options.home)
+    rate = max(1, options.max_bandwidth - options.system_bandwidth) if options.max_bandwidth else 0
+    cdn = Cdn(options.home, log, TokenBucket(rate), options.fail_access_interval, options.disk_reserve)
+    scheduler = Scheduler(up_slots=options.up_limit, seed_slots=options.seed_limit)
+    ip = options.advertise_ip or first_address()
+    supernode = Supernode(options.home, ip, log, scheduler, cdn, options.task_expire_time)
+    api_sock, piece_sock = listen(options.bind, options.port), listen(options.bind, options.download_port)
+    api = Server(api_sock, Supernode.ROUTES, supernode, log, "api")
+    pieces = Server(piece_sock, Supernode.PIECE_ROUTES, supernode, log, "pieces", TokenBucket(rate))
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    supernode.serve(api, pieces)
+    log.info("supernode %s on %s", VERSION, join_host(ip, api.address[1]))
+    print("supernode listening on %s pieces on %s" % (join_host(ip, api.address[1]), join_host(ip, pieces.address[1])), flush=True)
+    while not ended.wait(3600):  # a limit only so that signals are seen on old Pythons
+        pass
+    supernode.stop()
+    lock.release()
+    log.info("supernode ends")
+    log.close()
+    return 0
+
+
+class _DemoOrigin:
+    """The demo's origin: one file, whole or a range of it."""
+
+    ROUTES = (Route("GET", "/demo.bin", "file"),)
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def file(self, request: Request) -> Response:
+        """GET /demo.bin."""
+        length = os.stat(self._path).st_size
+        start, end = request.range(length) or (0, length)
+        body = [FileSpan(os.open(self._path, os.O_RDONLY), start, end - start)]
+        headers = [("Content-Range", "bytes %d-%d/%d" % (start, end - 1, length))] if end - start < length else []
+        return Response(206 if headers else 200, body, "application/octet-stream", headers + [("ETag", '"demo"')])
+
+
+class Demo:
+    """The main job on one machine: an origin, a supernode and some peers, all real processes but the origin."""
+
+    PEERS, SIZE = 4, 64 * MIB
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.processes = []  # type: List[Any]
+        self.names = {}  # type: Dict[str, str]  # address -> name
+
+    def run(self) -> int:
+        """Show it; return the exit status."""
+        origin, digest = self._origin()
+        try:
+            return self._swarm("http://127.0.0.1:%d/demo.bin" % origin.address[1], digest, origin)
+        finally:
+            self._end()
+            origin.stop()
+
+    def _origin(self) -> Tuple[Server, str]:
+        path, digest = os.path.join(self.folder, "demo.bin"), hashlib.sha256()
+        with open(path, "wb") as file:
+            for _ in range(self.SIZE // MIB):
+                block = os.urandom(MIB)
+                digest.update(block)
+                file.write(block)
+        server = Server(listen("127.0.0.1", 0), _DemoOrigin.ROUTES, _DemoOrigin(path), Log(), "origin")
+        server.start()
+        return server, digest.hexdigest()
+
+    def _spawn(self, *arguments: str) -> Any:
+        import subprocess
+        process = subprocess.Popen([sys.executable, os.path.abspath(__file__)] + list(arguments), stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.processes.append(process)
+        return process
+
+    def _swarm(self, url: str, digest: str, origin: Server) -> int:
+        home = os.path.join(self.folder, "supernode")
+        supernode = self._spawn("supernode", "--home", home, "--port", "0", "--download-port", "0", "--advertise-ip", "127.0.0.1", "--bind", "127.0.0.1")
+        match = re.search(r"on (\S+):(\d+) pieces on (\S+)$", supernode.stdout.readline().decode().strip())
+        if not match:
+            raise NetworkError("the demo's supernode does not start")
+        self.names[match.group(3)] = "supernode"
+        print("origin     %s  (%s)" % (url, show_size(self.SIZE)))
+        print("supernode  127.0.0.1:%s" % match.group(2))
+        began = time.monotonic()
+        peers = [self._spawn("get", "-u", url, "-o", self._path(i, "out"), "--node", "127.0.0.1:" + match.group(2), "--home", self._path(i, "home"),
+                             "--ip", "127.0.0.1", "--notbs", "--locallimit", "40M") for i in range(self.PEERS)]
+        self._watch(peers, began)
+        outputs = [process.communicate(timeout=60)[0].decode() for process in peers]
+        for i in range(self.PEERS):
+            answer = UploaderLine(self._path(i, "home")).call("GET", "/ping") or {}
+            self.names["127.0.0.1:%s" % answer.get("port")] = "peer %d" % (i + 1)
+        good = [self._verified(i, digest) for i in range(self.PEERS)]
+        self._table(good, origin, time.monotonic() - began)
+        for i, output in enumerate(outputs):
+            if not good[i]:
+                print("peer %d: %s" % (i + 1, output))
+        return 0 if all(good) else 1
+
+    def _path(self, i: int, name: str) -> str:
+        return os.path.join(make_folder(os.path.join(self.folder, "peer%d" % (i + 1))), name)
+
+    def _watch(self, peers: List[Any], began: float) -> None:
+        """Draw how far each peer is until all have ended."""
+        shown = 0.0
+        while any(process.poll() is None for process in peers):
+            if time.monotonic() > began + 120:
+                raise Stalled("the demo has not finished within two minutes")
+            time.sleep(0.1)
+            if sys.stdout.isatty() or time.monotonic() > shown + 1:
+                shown = time.monotonic()
+                print(("\r" if sys.stdout.isatty() else "") + "  ".join("peer %d %3d %%" % (i + 1, self._percent(i)) for i in range(self.PEERS)),
+                      end="" if sys.stdout.isatty() else "\n", flush=True)
+        print()
+
+    def _percent(self, i: int) -> int:
+        """Return how much of its file a peer has, by the blocks it has on disk."""
+        for folder, _, names in os.walk(self._path(i, "")):
+            for name in names:
+                if name == "out" or name.endswith(".dfly"):
+                    try:
+                        return min(100, 100 * os.stat(os.path.join(folder, name)).st_blocks * 512 // self.SIZE)
+                    except OSError:
+                        return 100  # it has just got its name
+        return 0
+
+    def _verified(self, i: int, digest: str) -> bool:
+        found = hashlib.sha256()
+        try:
+            with open(self._path(i, "out"), "rb") as file:
+                for block in iter(lambda: file.read(MIB), b""):
+                    found.update(block)
+        except OSError:
+            return False
+        return found.hexdigest() == digest
+
+    def _table(self, good: List[bool], origin: Server, seconds: float) -> None:
+        rows = ["supernode"] + ["peer %d" % (i + 1) for i in range(self.PEERS)]
+        print("\n%-10s %s   %s" % ("to \\ from", " ".join("%10s" % row for row in ["origin"] + rows), "sha256"))
+        print("%-10s %10s" % ("supernode", show_size(origin.sent_bytes)))
+        for i in range(self.PEERS):
+            sources = {}  # type: Dict[str, int]
+            with open(os.path.join(self._path(i, "home"), "logs", "dfclient.log"), encoding="utf-8") as file:
+                for line in file:
+                    if " sources {" in line:
+                        sources = {self.names.get(where, where): count for where, count in json.loads(line.split(" sources ", 1)[1]).items()}
+            cells = [show_size(sources.get(name, 0)) if sources.get(name) else "-" for name in ["origin"] + rows]
+            print("%-10s %s   %s" % ("peer %d" % (i + 1), " ".join("%10s" % cell for cell in cells), "verified" if good[i] else "WRONG"))
+        print("\n%d x %s in %s; the origin sent %.2f copies" % (self.PEERS, show_size(self.SIZE), show_time(seconds), origin.sent_bytes / float(self.SIZE)))
+
+    def _end(self) -> None:
+        for i in range(self.PEERS):
+            answer = UploaderLine(self._path(i, "home")).call("GET", "/ping")
+            if answer:
+                os.kill(answer["pid"], signal.SIGTERM)
+                deadline = time.monotonic() + 5
+                while os.path.exists(os.path.join(self._path(i, "home"), "peer.pid")) and time.monotonic() < deadline:
+                    time.sleep(0.02)
+        for process in self.processes:
+            if process.poll() is None:
+                process.terminate()
+            process.wait(10)
+            process.stdout.close()
+
+
+def run_demo(arguments: List[str]) -> int:
+    """`demo`: show the main job on a bare machine."""
+    import shutil
+    import tempfile
+    _parser("dfly.py demo", "Run an origin, a supernode and four peers on loopback; show who sent what to whom.").parse_args(arguments)
+    folder = tempfile.mkdtemp(prefix="dfly-demo-")
+    try:
+        return Demo(folder).run()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_version(_arguments: List[str]) -> int:
+    """`version`: print it."""
+    print("dfly %s" % VERSION)
+    return 0
+
+
+COMMANDS = {"get": lambda arguments: run_get(arguments, old=False), "supernode": run_supernode, "peer": run_peer, "demo": run_demo,
+            "version": run_version}  # type: Dict[str, Callable[[List[str]], int]]
+
+
+def run_dfget(arguments: List[str]) -> int:
+    """Act as dfget: its own subcommands, else a download."""
+    if arguments[:1] == ["version"]:
+        print("dfget version:%s" % VERSION)
+        return 0
+    if arguments[:1] == ["server"]:
+        return run_peer(arguments[1:])
+    return run_get(arguments, old=True)
+
+
+def _chosen(program: str, arguments: List[str]) -> Tuple[str, Callable[[], int]]:
+    """Return the name to speak under and what to do, from the link's name or the first word."""
+    if program == "dfget":
+        return program, lambda: run_dfget(arguments)
+    if program == "supernode":
+        return program, lambda: run_supernode(arguments)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help", "help"):
+        print(__doc__.split("The map:")[0].rstrip() if __doc__ else USAGE)
+        return program, lambda: 0 if arguments else 2
+    if command in ("-v", "--version"):
+        command = "version"
+    if command not in COMMANDS:
+        raise BadUsage("no command %r: %s" % (command, USAGE))
+    return "dfly.py " + command, lambda: COMMANDS[command](arguments[1:])
+
+
+def main(argv: List[str]) -> int:
+    """Run the program that `argv` (its name first) asks for; return the exit status, below 128."""
+    program = re.sub(r"\.py$", "", os.path.basename(argv[0]))
+    old = program == "dfget"
+    try:
+        program, act = _chosen(program, argv[1:])
+        return act()
+    except DflyError as error:
+        sys.stderr.write("%s: %s\n" % (program, " ".join(str(error).split())))
+        return error.old_exit if old else error.exit
+    except BrokenPipeError:  # whoever read our lines has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("%s: interrupted\n" % program)
+        return 127
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

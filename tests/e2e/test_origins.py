@@ -1,0 +1,180 @@
+"""What origins do: chunked, rangeless, gzipped, redirecting, guarded, broken, slow and far."""
+import socket
+
+import pytest
+from world import CONTENT, MB, bad, md5, wait_for
+
+SIZE = 3 * MB + 7
+
+
+@pytest.mark.parametrize("pattern", ["p2p", "source"])
+@pytest.mark.parametrize("how", [dict(length=False), dict(ranges=False), dict(gzip=True), dict(etag=False, last_modified=False),
+                                 dict(etag=False), dict(length=False, ranges=False, etag=False, last_modified=False)],
+                         ids=["chunked", "no_ranges", "gzip", "no_version", "date_only", "nothing_at_all"])
+def test_every_kind_of_origin_is_read_right(origin, supernode, host, blob, how, pattern):
+    supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data, **how)
+    host().get(url, "-p", pattern, check=data)
+    host().get(url, "-p", pattern, check=data)
+    assert pattern == "source" or origin.gets("f") == 1, origin.requests("f")
+
+
+@pytest.mark.parametrize("size", [0, 1, CONTENT, CONTENT + 1])
+def test_small_files_of_unknown_length_arrive(origin, supernode, host, blob, size):
+    supernode()
+    url = origin.put("f", blob(size), length=False)
+    host().get(url, check=blob(size))
+    host().get(url, check=blob(size))
+
+
+@pytest.mark.parametrize("pattern", ["p2p", "source"])
+def test_redirects_are_followed(origin, world, supernode, host, blob, pattern):
+    supernode()
+    data = blob(SIZE)
+    other = world.origin()
+    there = other.put("there", data)
+    origin.put("middle", redirect_to=there)
+    url = origin.put("here", redirect_to="/middle")
+    host().get(url, "-p", pattern, check=data)
+
+
+def test_a_redirect_in_a_circle_is_an_error(origin, supernode, host):
+    supernode()
+    url = origin.put("here", redirect_to="/here")
+    bad(host().get(url), 8)
+    assert len(origin.log) < 60
+
+
+@pytest.mark.parametrize("pattern", ["p2p", "source"])
+def test_user_headers_reach_the_origin(origin, supernode, host, blob, pattern):
+    supernode()
+    url = origin.put("f", blob(MB), auth="Bearer abc:def")
+    host().get(url, "--header", "Authorization: Bearer abc:def", "--header", "X-Mine:  two words ", "-p", pattern, check=blob(MB))
+    served = [r for r in origin.requests("f") if r.status == 200]
+    assert served and all(r.headers["x-mine"] == "two words" for r in served)
+
+
+def test_credentials_do_not_go_along_to_another_host(origin, world, supernode, host, blob):
+    supernode()
+    other = world.origin(host="localhost")
+    there = other.put("there", blob(MB))
+    url = origin.put("here", redirect_to=there)
+    host().get(url, "--header", "Authorization: Bearer secret", check=blob(MB))
+    assert origin.requests("here")[0].headers.get("authorization") == "Bearer secret"
+    assert all("authorization" not in r.headers for r in other.log), other.log[0].headers
+
+
+def test_who_brings_no_credentials_does_not_get_what_others_fetched_with_theirs(origin, supernode, host, blob):
+    supernode()
+    url = origin.put("f", blob(MB), auth="Bearer abc")
+    host().get(url, "--header", "Authorization: Bearer abc", check=blob(MB))
+    bad(host().get(url), 6)
+
+
+@pytest.mark.parametrize("pattern", ["p2p", "source"])
+def test_missing_credentials_have_a_code_of_their_own(origin, supernode, host, blob, pattern):
+    supernode()
+    url = origin.put("f", blob(MB), auth="Bearer abc")
+    bad(host().get(url, "-p", pattern), 6)
+
+
+@pytest.mark.parametrize("status", [403, 404, 410, 500, 503])
+@pytest.mark.parametrize("pattern", ["p2p", "source"])
+def test_an_origin_that_refuses_is_named_with_its_status(origin, supernode, host, blob, status, pattern):
+    supernode()
+    url = origin.put("f", blob(MB), status=status)
+    result = bad(host().get(url, "-p", pattern, "-e", "20"), 8)
+    assert str(status) in result.out, result.out
+    assert len(origin.log) <= 12, "a refusal was asked again %d times" % len(origin.log)
+
+
+def test_an_unreachable_origin_is_an_error(supernode, host):
+    supernode()
+    result = bad(host().get("http://127.0.0.1:9/f", "-e", "20"), 4, 8)
+    assert "127.0.0.1:9" in result.out, result.out
+
+
+@pytest.mark.parametrize("pattern", ["p2p", "source"])
+def test_an_origin_that_cuts_the_connection_is_asked_for_the_rest(origin, supernode, host, blob, pattern):
+    supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data, cut_after=SIZE // 2, once=True)
+    host().get(url, "-p", pattern, check=data)
+    assert origin.bytes_sent("f") <= SIZE + CONTENT * 2, origin.requests("f")
+
+
+def test_an_origin_that_cuts_always_at_one_place_ends_in_an_error(origin, supernode, host, blob):
+    supernode()
+    url = origin.put("f", blob(SIZE), cut_after=1000, ranges=False)
+    bad(host().get(url, "-e", "20"), 4, 8, 11)
+
+
+def test_a_file_that_changes_between_two_downloads_arrives_new(origin, supernode, host, blob):
+    supernode("--task-expire-time", "1s")
+    here = host()
+    url = origin.put("f", blob(SIZE, 1))
+    here.get(url, "-p", "source", check=blob(SIZE, 1))
+    origin.put("f", blob(SIZE, 2))
+    here.get(url, "-p", "source", check=blob(SIZE, 2))
+
+
+def test_a_file_that_changes_in_the_middle_is_never_mixed(origin, supernode, host, blob):
+    """Half of the old file, then the connection is cut and the origin has another file."""
+    supernode()
+    url = origin.put("f", blob(SIZE, 1), cut_after=SIZE // 2, once=True, rate=20 * MB)
+    command = host().start(url)
+    wait_for(lambda: origin.bytes_sent("f") > 100000, 10)
+    origin.change("f", data=blob(SIZE, 2))
+    result = command.wait()
+    assert result.data is None or result.data in (blob(SIZE, 1), blob(SIZE, 2)), "two files mixed\n" + result.out
+    assert (result.code == 0) == (result.data is not None)
+
+
+@pytest.mark.parametrize("pattern", ["p2p", "source"])
+def test_https_needs_a_known_certificate(origin_tls, supernode, host, blob, pattern):
+    supernode()
+    data = blob(SIZE)
+    url = origin_tls.put("f", data)
+    result = bad(host().get(url, "-p", pattern, "-e", "20"), 5)
+    assert "certificate" in result.out.lower(), result.out
+    host().get(url, "--cacerts", origin_tls.certificate, "-p", pattern, check=data)
+    host().get(url, "--insecure", "-p", pattern, check=data)
+
+
+def test_an_insecure_download_does_not_make_others_insecure(origin_tls, supernode, host, blob):
+    supernode()
+    url = origin_tls.put("f", blob(MB))
+    host().get(url, "--insecure", check=blob(MB))
+    bad(host().get(origin_tls.put("g", blob(MB)), "-e", "20"), 5)
+
+
+def test_ipv6_carries_everything_that_ipv4_does(world, host, blob):
+    with socket.socket(socket.AF_INET6) as s:
+        try:
+            s.bind(("::1", 0))
+        except OSError:
+            pytest.skip("no IPv6 on this machine")
+    data = blob(SIZE)
+    origin = world.origin(host="::1")
+    url = origin.put("f", data)
+    node = world.supernode(ip="::1")
+    first = host().get(url, node=node.node, ip="::1", check=data)
+    second = host().get(url, node=node.node, ip="::1", check=data)
+    assert origin.gets("f") == 1 and "reason:0" in first.stdout + second.stdout
+    host().get(url, "-p", "source", node=node.node, check=data)
+
+
+def test_a_user_range_is_a_task_of_its_own(origin, supernode, host, blob):
+    supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data)
+    host().get(url, "--header", "Range: bytes=100-%d" % (MB + 99), check=data[100:MB + 100])
+    host().get(url, check=data)
+
+
+def test_an_md5_that_the_origin_does_not_match_is_found_even_when_bytes_are_flipped_on_the_way(origin, supernode, host, blob):
+    supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data, wrong=SIZE // 2)
+    bad(host().get(url, "-m", md5(data), "-e", "20"), 9)

@@ -1,0 +1,99 @@
+"""Back to source: when there is no supernode, when it fails, and when the user wants it."""
+import os
+import socket
+
+from world import MB, bad, dead_port, good, wait_for
+
+
+def test_without_a_supernode_the_origin_serves_with_reason_1(origin, host, blob):
+    data = blob(3 * MB)
+    here = host()
+    result = here.get(origin.put("f", data), check=data)
+    assert result.reason == 1, result.out
+    assert "source station" in result.stdout and not here.leftovers()
+
+
+def test_notbs_fails_with_reason_1001_and_no_file(origin, host, blob):
+    here = host()
+    result = bad(here.get(origin.put("f", blob(MB)), "--notbs"), 4)
+    assert result.reason == 1001, result.out
+    assert not origin.log and "out" not in os.listdir(here.dir)
+
+
+def test_pattern_source_has_reason_100_and_asks_nobody_else(origin, supernode, host, blob):
+    node = supernode()
+    data = blob(3 * MB)
+    here = host()
+    result = here.get(origin.put("f", data), "-p", "source", check=data)
+    assert result.reason == 100, result.out
+    assert node.bytes_sent() == 0 and here.uploader_pid() is None
+
+
+def test_a_supernode_that_hangs_is_left_within_seconds(origin, host, blob):
+    """It accepts connections and never answers."""
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(10)
+        result = host().get(origin.put("f", blob(MB)), node="127.0.0.1:%d" % deaf.getsockname()[1], check=blob(MB))
+    assert result.reason == 1 and result.seconds < 25, result.out
+
+
+def test_a_server_that_is_no_supernode_is_left(origin, host, blob):
+    result = host().get(origin.put("f", blob(MB)), node="127.0.0.1:%d" % origin.port, check=blob(MB))
+    assert result.reason == 1, result.out
+
+
+def test_a_supernode_that_dies_midway_is_replaced_by_the_origin(origin, supernode, host, blob):
+    node = supernode()
+    data = blob(8 * MB)
+    url = origin.put("f", data, stall_after=5 * MB, once=True)
+    here = host()
+    command = here.start(url)
+    wait_for(lambda: node.bytes_sent() >= 3 * MB, 20)
+    node.kill()
+    result = good(command.wait(), data)
+    assert result.reason == 3, result.out
+    assert origin.requests("f")[-1].bytes_sent <= 6 * MB, "verified pieces were thrown away: %s" % origin.log
+
+
+def test_a_supernode_that_dies_midway_is_an_error_with_notbs(origin, supernode, host, blob):
+    node = supernode()
+    url = origin.put("f", blob(8 * MB), stall_after=5 * MB)
+    here = host()
+    command = here.start(url, "--notbs")
+    wait_for(lambda: node.bytes_sent() >= 3 * MB, 20)
+    node.kill()
+    result = bad(command.wait(90))
+    assert result.reason == 1003, result.out
+
+
+def test_the_second_node_takes_over_and_pieces_are_kept(origin, supernode, host, blob):
+    nodes = [supernode(), supernode()]
+    data = blob(8 * MB)
+    url = origin.put("f", data, stall_after=5 * MB, once=True)
+    command = host().start(url, node=",".join(n.node for n in nodes))
+    used = wait_for(lambda: next((n for n in nodes if n.bytes_sent() >= 3 * MB), None), 20)
+    other = nodes[1 - nodes.index(used)]
+    used.kill()
+    result = good(command.wait(), data)
+    assert result.reason == 0 and "migrated to node:" in result.stdout, result.out
+    assert other.bytes_sent() <= 6 * MB, "verified pieces were thrown away"
+
+
+def test_a_dead_node_in_front_is_passed_over(origin, supernode, host, blob):
+    node = supernode()
+    data = blob(2 * MB)
+    url = origin.put("f", data)
+    for nodes in ("127.0.0.1:%d,%s" % (dead_port(), node.node), "%s,127.0.0.1:%d" % (node.node, dead_port())):
+        result = host().get(url, node=nodes, check=data)
+        assert result.reason == 0 and result.seconds < 10, result.out
+
+
+def test_the_same_url_goes_to_the_same_supernode(origin, supernode, host, blob):
+    nodes = [supernode() for _ in range(3)]
+    names = [n.node for n in nodes]
+    for i in range(4):
+        url = origin.put("f%d" % i, blob(MB, i))
+        for order in (names, names[::-1]):
+            host().get(url, node=",".join(order), check=blob(MB, i))
+        assert origin.gets("f%d" % i) == 1, "two supernodes fetched one URL"

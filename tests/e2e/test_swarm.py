@@ -1,0 +1,249 @@
+"""Many hosts: one fetch from the origin, pieces before the file is whole, peers that serve, fail or lie."""
+import http.server
+import os
+import socketserver
+import threading
+
+from world import CONTENT, MB, PIECE, descriptors, good, md5, wait_for
+
+
+def half_written(host, name="out"):
+    """The bytes of the unfinished output that are on disk."""
+    for file in os.listdir(host.dir):
+        if file.endswith(".dfly") and name in file:
+            return os.stat(host.path(file)).st_blocks * 512
+    return 0
+
+
+def test_pieces_reach_peers_long_before_the_origin_is_done(origin, supernode, host, blob):
+    supernode()
+    data = blob(8 * MB)
+    url = origin.put("f", data, stall_after=4 * MB)
+    hosts = [host(), host()]
+    commands = [h.start(url) for h in hosts]
+    for h in hosts:
+        wait_for(lambda: half_written(h) >= 3 * MB, 20, "three of the first four megabytes on the host")
+    assert all(c.running() for c in commands)
+    origin.release("f")
+    for command in commands:
+        good(command.wait(), data)
+    assert origin.gets("f") == 1
+
+
+def test_pieces_of_a_file_of_unknown_length_stream_too(origin, supernode, host, blob):
+    supernode()
+    data = blob(8 * MB)
+    url = origin.put("f", data, stall_after=4 * MB, length=False)
+    here = host()
+    command = here.start(url)
+    wait_for(lambda: half_written(here) >= 2 * MB, 20, "two of the first four megabytes on the host")
+    origin.release("f")
+    good(command.wait(), data)
+
+
+def test_five_hosts_at_once_cost_the_origin_one_get(origin, supernode, host, blob):
+    node = supernode()
+    data = blob(10 * MB)
+    url = origin.put("f", data, rate=8 * MB)
+    commands = [host().start(url) for _ in range(5)]
+    results = [good(command.wait(), data) for command in commands]
+    assert origin.gets("f") == 1 and origin.bytes_sent("f") == len(data)
+    assert all(r.reason == 0 for r in results)
+    assert node.bytes_sent() <= 3.5 * len(data), "the supernode sent %.1f copies" % (node.bytes_sent() / len(data))
+
+
+def test_a_host_that_comes_later_is_served_by_peers(origin, supernode, host, blob):
+    node = supernode()
+    data = blob(6 * MB)
+    url = origin.put("f", data)
+    for _ in range(3):
+        host().get(url, check=data)
+    before = node.bytes_sent()
+    result = host().get(url, check=data)
+    assert node.bytes_sent() - before <= len(data) // 2, "the supernode sent %d bytes" % (node.bytes_sent() - before)
+    assert result.shares["peers"] >= 50, result.last
+
+
+def test_a_second_run_on_the_same_host_works_too(origin, supernode, host, blob):
+    supernode()
+    data = blob(3 * MB)
+    url = origin.put("f", data)
+    here = host()
+    here.get(url, out="a", check=data)
+    here.get(url, out="b", check=data)
+    assert origin.gets("f") == 1
+
+
+def test_a_peer_serves_while_it_downloads(origin, supernode, host, blob):
+    """The origin hangs, so nobody is done; a newcomer still gets most pieces from the first host."""
+    node = supernode()
+    data = blob(8 * MB)
+    url = origin.put("f", data, stall_after=6 * MB)
+    first = host()
+    command = first.start(url)
+    wait_for(lambda: half_written(first) >= 5 * MB, 20)
+    before = node.bytes_sent()
+    second = host()
+    other = second.start(url)
+    wait_for(lambda: half_written(second) >= 5 * MB, 20)
+    assert node.bytes_sent() - before < 4 * MB
+    origin.release("f")
+    good(command.wait(), data)
+    good(other.wait(), data)
+
+
+def test_an_edited_output_does_not_poison_others(origin, supernode, host, blob):
+    supernode()
+    data = blob(4 * MB)
+    url = origin.put("f", data)
+    here = host()
+    here.get(url, check=data)
+    with open(here.path("out"), "r+b") as f:
+        f.write(b"edited" * 1000)
+    host().get(url, check=data)
+
+
+def test_a_deleted_output_does_not_stop_others(origin, supernode, host, blob):
+    supernode()
+    data = blob(4 * MB)
+    url = origin.put("f", data)
+    here = host()
+    here.get(url, check=data)
+    os.remove(here.path("out"))
+    assert host().get(url, check=data).seconds < 15
+
+
+def test_hosts_whose_uploader_was_killed_are_passed_over(origin, supernode, host, blob):
+    supernode()
+    data = blob(4 * MB)
+    url = origin.put("f", data)
+    for _ in range(2):
+        here = host()
+        here.get(url, check=data)
+        here.kill_uploader()
+    assert host().get(url, check=data).seconds < 20
+    assert origin.gets("f") == 1
+
+
+def test_an_uploader_killed_in_the_middle_of_a_download_costs_nothing(origin, supernode, host, blob):
+    supernode()
+    data = blob(8 * MB)
+    url = origin.put("f", data, rate=4 * MB)
+    here = host()
+    command = here.start(url)
+    wait_for(lambda: half_written(here) > MB, 20)
+    here.kill_uploader()
+    good(command.wait(), data)
+
+
+class Liar:
+    """A host that registers like dfget 1.0.6, claims to have every piece, and serves garbage."""
+
+    def __init__(self, node, url, size):
+        self.asked = 0
+        liar = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                liar.asked += 1
+                start, _, end = self.headers["Range"].partition("=")[2].partition("-")
+                length = min(int(end) - int(start) + 1, PIECE)
+                self.send_response(206)
+                self.send_header("Content-Length", str(length))
+                self.end_headers()
+                self.wfile.write(b"\xee" * length)
+
+            def log_message(self, *args):
+                pass
+
+        class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+            allow_reuse_address = True
+            daemon_threads = True
+
+            def handle_error(self, request, client_address):
+                pass
+
+        for port in range(20000 + os.getpid() % 20000, 64000):
+            try:
+                self.server = Server(("127.0.0.1", port), Handler)
+                break
+            except OSError:
+                continue
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
+        self.thread.start()
+        self.cid = "127.0.0.1-77777-1795408506.429"
+        answer = node.ask("POST", "/peer/registry", {
+            "superNodeIp": "127.0.0.1", "rawUrl": url, "taskUrl": url, "cid": self.cid, "ip": "127.0.0.1", "hostName": "liar",
+            "port": port, "path": "/peer/file/liar-77777-1795408506.429", "version": "1.0.6", "callSystem": "test"}).json
+        assert answer["code"] == 200, answer
+        task = answer["data"]["taskId"]
+        self.code, status, reported = 0, "status=700&result=502&dstCid=&range=", set()
+        for _ in range(200):
+            answer = node.ask("GET", "/peer/task?srcCid=%s&taskId=%s&%s" % (self.cid, task, status)).json
+            self.code = answer["code"]
+            if self.code != 601:
+                break
+            for piece in answer.get("data") or []:
+                status = "status=701&result=503&dstCid=%s&range=%s" % (piece["cid"], piece["range"])
+                reported.add(piece["range"])
+                node.ask("GET", "/peer/piece/suc?taskId=%s&cid=%s&dstCid=%s&pieceRange=%s" % (task, self.cid, piece["cid"], piece["range"]))
+        self.reported = len(reported)
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+def test_a_peer_that_serves_wrong_bytes_is_isolated(origin, supernode, host, blob):
+    node = supernode()
+    data = blob(8 * MB)
+    url = origin.put("f", data)
+    host().get(url, check=data)
+    liars = [Liar(node, url, len(data))]
+    try:
+        assert liars[0].code == 600 and liars[0].reported == -(-len(data) // CONTENT)
+        for _ in range(3):
+            result = host().get(url, "-m", md5(data), check=None)
+            good(result, data)
+            assert result.reason == 0
+        asked = liars[0].asked
+        assert asked <= 12, "a liar was asked %d times" % asked
+        host().get(url, check=data)
+        assert liars[0].asked <= asked + 1, "a known liar is still asked"
+    finally:
+        liars[0].close()
+
+
+def test_the_supernode_holds_no_descriptor_for_peers_that_are_gone(origin, supernode, host, blob):
+    node = supernode()
+    data = blob(2 * MB)
+    url = origin.put("f", data)
+    host().get(url, check=data)
+    before = descriptors(node.pid)
+    for _ in range(3):
+        host().get(url, check=data)
+    wait_for(lambda: descriptors(node.pid) <= before + 2, 30, "descriptors back to %d" % before)
+
+
+def test_what_the_supernode_keeps_survives_its_restart(origin, supernode, host, blob, world):
+    node = supernode()
+    data = blob(5 * MB)
+    url = origin.put("f", data)
+    host().get(url, check=data)
+    node.kill()
+    again = supernode(home=node.home)
+    host().get(url, node=again.node, check=data)
+    assert origin.bytes_sent("f") <= len(data) + CONTENT, origin.requests("f")
+
+
+def test_a_file_that_changed_at_the_origin_is_fetched_again_after_a_restart(origin, supernode, host, blob):
+    node = supernode()
+    url = origin.put("f", blob(3 * MB, 1))
+    host().get(url, check=blob(3 * MB, 1))
+    node.kill()
+    origin.put("f", blob(3 * MB, 2))
+    again = supernode(home=node.home)
+    host().get(url, node=again.node, check=blob(3 * MB, 2))
