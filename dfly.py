@@ -2380,77 +2380,676 @@ class Filler:
 
 # ==============================================================================
 # 9. Scheduler
-#    stand-in
+#    Who fetches which piece from whom.  Pure: no sockets, no files, no locks, no
+#    clock of its own, so that a simulator drives the very class that runs.  Its
+#    caller serialises all calls.
 # ==============================================================================
-REFUSED, STALLED, WRONG_BYTES, GONE, OTHER = "refused", "stalled", "digest", "gone", "other"
-SEED = ""
+
+REFUSED, STALLED, WRONG_BYTES, GONE, OTHER = "refused", "stalled", "digest", "gone", "other"  # why a piece failed
+SEED = ""  # the supernode, as a holder
 
 
 class Assignment(NamedTuple):
-    """x"""
+    """One piece for one receiver: fetch `num` from the peer `holder` (SEED: from the supernode)."""
+
     num: int
     holder: str
 
 
-class Why(NamedTuple):
-    """x"""
+class Waiting(NamedTuple):
+    """Why a receiver has nothing to do: `missing` pieces, of which `num` is one that the seed has (`seeded`) or has
+    not yet, and that `holders` peers could serve if they were free."""
+
     missing: int
     num: int
     seeded: bool
     holders: int
 
 
-class _P:
-    def __init__(self):
-        self.have = 0; self.infl = {}; self.mail = []; self.room = 0; self.serves = True; self.legacy = False
+class _Sample:
+    """A set from which members are drawn at random in constant time."""
+
+    def __init__(self) -> None:
+        self._members = []  # type: List[Any]
+        self._places = {}  # type: Dict[Any, int]
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def put(self, member: Any, present: bool) -> None:
+        """Have `member` in the set, or not."""
+        if present and member not in self._places:
+            self._places[member] = len(self._members)
+            self._members.append(member)
+        elif not present and member in self._places:
+            place, last = self._places.pop(member), self._members.pop()
+            if last is not member:
+                self._members[place] = last
+                self._places[last] = place
+
+    def draw(self, count: int, rng: random.Random) -> List[Any]:
+        """Return `count` members in random order, or all."""
+        if len(self._members) <= count:
+            members = list(self._members)
+            rng.shuffle(members)
+            return members
+        start, step = rng.randrange(len(self._members)), rng.randrange(1, len(self._members))
+        return list({(start + i * step) % len(self._members): None for i in range(count)}) and [
+            self._members[place] for place in {(start + i * step) % len(self._members) for i in range(count)}]
+
+
+class _Place:
+    """A rack, a site, or the whole swarm (which only the seed is outside of), for one task."""
+
+    def __init__(self) -> None:
+        self.held = collections.Counter()  # type: Dict[int, int]  # piece -> peers here that have it or fetch it
+        self.present = 0  # mask of those pieces
+        self.entering = 0  # fetches under way from outside
+        self.leaving = 0  # and to outside
+        self.idle = _Sample()  # holders here that could begin an upload
+        self.hungry = _Sample()  # receivers here that could begin a fetch
+
+    def count(self, num: int, change: int) -> None:
+        """Note that one more or one less peer here has piece `num` or fetches it."""
+        self.held[num] += change
+        if self.held[num] > 0:
+            self.present |= 1 << num
+        else:
+            del self.held[num]
+            self.present &= ~(1 << num)
+
+
+class _Host:
+    """The machine that some peers (of any task) upload from."""
+
+    def __init__(self) -> None:
+        self.uploads = 0  # under way
+        self.peers = []  # type: List[_Peer]
+        self.speed = 0.0  # bytes/s of one upload, averaged over the last few
+
+
+class _Flight:
+    """One piece on its way."""
+
+    __slots__ = ("num", "holder", "since", "slot", "crossed")
+
+    def __init__(self, num: int, holder: Optional["_Peer"], since: float, slot: bool, crossed: List[_Place]) -> None:
+        self.num, self.holder, self.since = num, holder, since  # holder None: the seed
+        self.slot = slot  # whether it counts as one of the holder's uploads (a lone receiver's batch does not)
+        self.crossed = crossed  # the places it enters
+
+
+class _Peer:
+    """One client of one task, as receiver and as holder."""
+
+    def __init__(self, task: "_Task", cid: str, host: _Host, places: List[_Place], serves: bool, legacy: bool, seed_only: bool) -> None:
+        self.task, self.cid, self.host = task, cid, host
+        self.places = places  # wide to narrow: the swarm, its site, its rack
+        self.serves, self.legacy, self.seed_only = serves, legacy, seed_only
+        self.have = 0  # mask: verified
+        self.offers = 0  # mask: servable to others
+        self.flights = {}  # type: Dict[int, _Flight]
+        self.asked = 0  # mask of flights
+        self.room = 0  # fetches it could begin now
+        self.queue = 0  # and how many more it would take in advance
+        self.batch = 4  # size of its next batch in advance
+        self.mail = []  # type: List[Assignment]
+        self.receiving = True
+        self.idle_since = None  # type: Optional[float]  # since when it waits with nothing under way
+        self.blocked = {}  # type: Dict[str, float]  # holder -> until when
+        self.accusers = {}  # type: Dict[str, int]  # receiver -> failures it reported
+        self.accused = set()  # type: Set[str]  # holders it said were sending wrong bytes
+        self.suspended_until = 0.0
+        self.isolations = 0  # how often it was isolated: each time for longer
+        self.seed_retry_at = 0.0
+
+
+class _Task:
+    """One file: which pieces there are, who has them, and how rare each is."""
+
+    def __init__(self, task_id: str) -> None:
+        self.task_id = task_id
+        self.count = None  # type: Optional[int]
+        self.all = 0  # mask of the pieces known to exist
+        self.seeded = 0  # mask of the pieces that the seed has
+        self.peers = {}  # type: Dict[str, _Peer]
+        self.places = {}  # type: Dict[Tuple[str, ...], _Place]
+        self.swarm = self.place(())
+        self.levels = [0] * 128  # masks of pieces, by how many peers have or fetch them (see _level)
+        self.levels[0] = 0
+        self.seed_uploads = 0
+        self.seed_sent = 0  # pieces, in all
+        self.duration = 0.0  # seconds a fetch takes, averaged
+        self.receivers = 0
+
+    def place(self, location: Tuple[str, ...]) -> _Place:
+        """Return the place of that name."""
+        return self.places.setdefault(location, _Place())
+
+    def known(self, nums: int) -> None:
+        """Note that these pieces exist."""
+        new = nums & ~self.all
+        self.all |= new
+        self.levels[0] |= new
+
+    def change(self, peer: _Peer, num: int, change: int) -> None:
+        """Note that `peer` has begun (1) or given up (-1) to have or fetch piece `num`."""
+        bit, before = 1 << num, self.swarm.held[num]
+        self.levels[_level(before)] &= ~bit
+        self.levels[_level(before + change)] |= bit
+        for place in peer.places:
+            place.count(num, change)
+
+    def rarest(self, nums: int, rng: random.Random) -> int:
+        """Return one of the rarest pieces in a mask that is not empty."""
+        for level in self.levels:
+            found = level & nums
+            if found:
+                break
+        else:
+            found = nums
+        above = found >> rng.randrange(found.bit_length())
+        if above:
+            found = above << (found.bit_length() - above.bit_length())
+        return (found & -found).bit_length() - 1
+
+    def rarity(self, num: int) -> int:
+        """Return how many peers have or fetch piece `num`."""
+        return self.swarm.held.get(num, 0)
+
+
+def _level(count: int) -> int:
+    """Return the rarity level of a piece that `count` peers have: exact up to 16, then eight levels for each doubling."""
+    if count < 16:
+        return count
+    octave = count.bit_length() - 5
+    return min(127, 16 + 8 * octave + (count >> octave + 1) - 8)
 
 
 class Scheduler:
-    """x"""
-    def __init__(self, up_slots=2, seed_slots=3, rng=None):
-        self.t = {}; self.w = set()
-    def add_task(self, tid, count=None):
-        if tid in self.t: self.t[tid]["count"] = count if count is not None else self.t[tid]["count"]
-        else: self.t[tid] = dict(count=count, seeded=0, peers={})
-    def set_count(self, tid, count, now):
-        self.t[tid]["count"] = count; self._all(tid)
-    def seeded(self, tid, num, now):
-        self.t[tid]["seeded"] |= 1 << num; self._all(tid)
-    def unseeded(self, tid, num, now):
-        self.t[tid]["seeded"] &= ~(1 << num)
-    def drop_task(self, tid): self.t.pop(tid, None)
-    def add_peer(self, tid, cid, host, location, now, have=0, serves=True, legacy=False, seed_only=False):
-        p = self.t[tid]["peers"][cid] = _P(); p.have = have; p.serves = serves; p.legacy = legacy
-    def drop_peer(self, tid, cid, now): self.t[tid]["peers"].pop(cid, None)
-    def leave(self, tid, cid, now):
-        p = self.t[tid]["peers"].get(cid)
-        if p: p.room = 0
-    def request(self, tid, cid, room, now, queue=0):
-        p = self.t[tid]["peers"][cid]; p.room = room; self._go(tid, cid)
-    def done(self, tid, cid, num, now, holder=None, seconds=None, nbytes=None, servable=True):
-        p = self.t[tid]["peers"][cid]; p.have |= 1 << num; p.infl.pop(num, None)
-    def failed(self, tid, cid, num, holder, why, now):
-        self.t[tid]["peers"][cid].infl.pop(num, None)
-    def tick(self, now): pass
-    def inflight(self, tid, cid): return [Assignment(n, h) for n, h in self.t[tid]["peers"][cid].infl.items()]
-    def take(self, tid, cid):
-        p = self.t[tid]["peers"][cid]; m, p.mail = p.mail, []; return m
-    def woken(self):
-        w, self.w = self.w, set(); return list(w)
-    def finished(self, tid, cid):
-        t = self.t[tid]; return t["count"] is not None and t["peers"][cid].have == (1 << t["count"]) - 1
-    def waiting_for(self, tid, cid, now): return Why(1, 0, False, 0)
-    def _all(self, tid):
-        for c in self.t[tid]["peers"]: self._go(tid, c)
-    def _go(self, tid, cid):
-        t = self.t[tid]; p = t["peers"][cid]
-        need = t["seeded"] & ~p.have
-        for n in nums_of(need):
-            if p.room <= 0: break
-            if n in p.infl: continue
-            hs = [c for c, q in t["peers"].items() if c != cid and q.have >> n & 1 and q.serves]
-            h = random.choice(hs + [SEED])
-            p.infl[n] = h; p.mail.append(Assignment(n, h)); p.room -= 1; self.w.add((tid, cid))
+    """Decides who fetches which piece from whom.
+
+    Uplinks are what is scarce, so the rules are about them.  The seed sends pieces that nobody has yet, each once, a few
+    at a time.  Every other upload goes from a holder with a free slot to a receiver that waits, near ones first, and
+    carries the rarest piece it can.  A piece enters a rack (and a site) once, and spreads inside.  Assignments are made
+    in the very call that makes them possible; `woken` names the receivers that got some.
+    """
+
+    SAMPLE = 12  # candidates looked at where all would be too many: 8 is measurably worse, 24 no better
+    CROSSINGS = 3  # fetches into (and out of) one rack at a time: two fill the link, a third hides the pauses
+    LATE = 4.0  # times the usual duration, plus LATE_S: then a piece may be fetched a second time
+    LATE_S = 1.0
+    LOST_S = 60.0  # after this a fetch in advance, too, counts as lost
+    STARVE_S = 1.0  # a receiver with nothing under way gets a second copy from the seed after this (or 6 durations)
+    SPARE_SEED_SLOTS = 2  # for those
+    SUSPEND_S, ISOLATE_S = 3.0, 60.0
+
+    def __init__(self, up_slots: int = 2, seed_slots: int = 3, rng: Optional[random.Random] = None) -> None:
+        self._up_slots, self._seed_slots = up_slots, seed_slots
+        self._rng = rng or random.Random()
+        self._tasks = {}  # type: Dict[str, _Task]
+        self._hosts = {}  # type: Dict[Any, _Host]
+        self._woken = {}  # type: Dict[Tuple[str, str], None]
+
+    # -- tasks -----------------------------------------------------------------
+
+    def add_task(self, task_id: str, count: Optional[int] = None) -> None:
+        """Begin a task of `count` pieces (None: not known yet); an existing one learns its count."""
+        task = self._tasks.setdefault(task_id, _Task(task_id))
+        if count is not None:
+            task.count = count
+            task.known((1 << count) - 1)
+
+    def set_count(self, task_id: str, count: int, now: float) -> None:
+        """The number of pieces is known at last."""
+        self.add_task(task_id, count)
+        self._feed(self._tasks[task_id], now)
+
+    def seeded(self, task_id: str, num: int, now: float) -> None:
+        """The seed has piece `num`."""
+        task = self._tasks[task_id]
+        task.known(1 << num)
+        task.seeded |= 1 << num
+        self._feed(task, now)
+
+    def unseeded(self, task_id: str, num: int, _now: float) -> None:
+        """The seed has lost piece `num`."""
+        self._tasks[task_id].seeded &= ~(1 << num)
+
+    def drop_task(self, task_id: str) -> None:
+        """Forget a task and its peers."""
+        task = self._tasks.pop(task_id, None)
+        for peer in list(task.peers.values()) if task else ():
+            self._remove(peer, 0.0)
+
+    # -- peers -----------------------------------------------------------------
+
+    def add_peer(self, task_id: str, cid: str, host: Any, location: Tuple[str, ...], now: float, have: int = 0, serves: bool = True,
+                 legacy: bool = False, seed_only: bool = False) -> None:
+        """A client has registered; one of the same cid is replaced."""
+        self.drop_peer(task_id, cid, now)
+        task = self._tasks[task_id]
+        places = [task.swarm] + [task.place(location[:depth]) for depth in range(1, len(location) + 1)]
+        machine = self._hosts.setdefault(host, _Host())
+        peer = task.peers[cid] = _Peer(task, cid, machine, places, serves, legacy, seed_only)
+        peer.host_key = host  # type: ignore[attr-defined]
+        machine.peers.append(peer)
+        task.receivers += 1
+        for num in nums_of(have):
+            self.done(task_id, cid, num, now)
+
+    def drop_peer(self, task_id: str, cid: str, now: float) -> None:
+        """A client is gone for good, as holder and as receiver."""
+        task = self._tasks.get(task_id)
+        peer = task.peers.pop(cid, None) if task else None
+        if peer:
+            self._remove(peer, now)
+
+    def _remove(self, peer: _Peer, now: float) -> None:
+        self._stop_receiving(peer, now)
+        for num in nums_of(peer.have):
+            peer.task.change(peer, num, -1)
+        peer.serves, peer.offers = False, 0
+        self._index(peer, now)
+        peer.host.peers.remove(peer)
+        if not peer.host.peers:
+            self._hosts.pop(peer.host_key, None)  # type: ignore[attr-defined]
+
+    def leave(self, task_id: str, cid: str, now: float) -> None:
+        """A client receives no more, but what it has it still offers."""
+        peer = self._peer(task_id, cid)
+        if peer:
+            self._stop_receiving(peer, now)
+
+    def _stop_receiving(self, peer: _Peer, now: float) -> None:
+        if peer.receiving:
+            peer.receiving = False
+            peer.task.receivers -= 1
+        peer.room = peer.queue = 0
+        peer.mail = []
+        for num in list(peer.flights):
+            self._land(peer, num)
+        self._index(peer, now)
+
+    def _peer(self, task_id: str, cid: str) -> Optional[_Peer]:
+        task = self._tasks.get(task_id)
+        return task.peers.get(cid) if task else None
+
+    # -- what peers say --------------------------------------------------------
+
+    def request(self, task_id: str, cid: str, room: int, now: float, queue: int = 0) -> None:
+        """A client can begin `room` fetches now and would take `queue` more in advance."""
+        peer = self._peer(task_id, cid)
+        if not peer:
+            return
+        if not peer.receiving:
+            peer.receiving = True
+            peer.task.receivers += 1
+        peer.room, peer.queue = room, queue
+        if not peer.flights:
+            peer.idle_since = peer.idle_since if peer.idle_since is not None else now
+        self._serve(peer, now)
+        self._index(peer, now)
+
+    def done(self, task_id: str, cid: str, num: int, now: float, holder: Optional[str] = None, seconds: Optional[float] = None,
+             nbytes: Optional[int] = None, servable: bool = True) -> None:
+        """A client has piece `num`, verified; `servable`: and its uploader has it."""
+        peer = self._peer(task_id, cid)
+        if not peer:
+            return
+        flight = peer.flights.get(num)
+        source = self._land(peer, num) if flight else None
+        if not peer.have >> num & 1:
+            peer.have |= 1 << num
+            peer.task.known(1 << num)
+            peer.task.change(peer, num, 1)
+        if servable:
+            peer.offers |= 1 << num
+        if holder is not None:
+            self._praise(peer, self._peer(task_id, holder), flight, seconds, nbytes, now)
+        self._index(peer, now)
+        self._use(peer, now)
+        self._reuse(peer.task, source, flight, now)
+
+    def failed(self, task_id: str, cid: str, num: int, holder: str, why: str, now: float) -> None:
+        """A client could not get piece `num` from `holder`, because of `why`."""
+        peer = self._peer(task_id, cid)
+        if not peer:
+            return
+        flight = peer.flights.get(num)
+        if flight and (flight.holder.cid if flight.holder else SEED) == holder:
+            self._land(peer, num)
+        if holder == SEED:
+            peer.seed_retry_at = now + 0.2
+        else:
+            self._blame(peer, self._peer(task_id, holder), holder, why, now)
+        self._index(peer, now)
+        self._reuse(peer.task, self._peer(task_id, holder), flight, now)
+        self._serve(peer, now)
+
+    def _reuse(self, task: _Task, holder: Optional[_Peer], flight: Optional[_Flight], now: float) -> None:
+        """An upload has ended: begin another from the same holder."""
+        if not flight:
+            return
+        if flight.holder is None:
+            self._feed(task, now)
+            return
+        for peer in self._rotated(flight.holder.host.peers):
+            self._use(peer, now)
+
+    def _rotated(self, peers: List[_Peer]) -> List[_Peer]:
+        """Return the peers of one host beginning anywhere, so that its tasks get even shares of its slots."""
+        if len(peers) < 2:
+            return list(peers)
+        start = self._rng.randrange(len(peers))
+        return peers[start:] + peers[:start]
+
+    # -- trust -----------------------------------------------------------------
+
+    def _praise(self, peer: _Peer, holder: Optional[_Peer], flight: Optional[_Flight], seconds: Optional[float], nbytes: Optional[int],
+                now: float) -> None:
+        task = peer.task
+        if seconds:
+            task.duration = 0.9 * task.duration + 0.1 * seconds if task.duration else seconds
+        elif flight and flight.slot:
+            task.duration = 0.9 * task.duration + 0.1 * (now - flight.since) if task.duration else now - flight.since
+        if holder:
+            holder.accusers.clear()
+            if seconds and nbytes:
+                speed = nbytes / seconds
+                holder.host.speed = 0.7 * holder.host.speed + 0.3 * speed if holder.host.speed else speed
+
+    def _blame(self, peer: _Peer, holder: Optional[_Peer], cid: str, why: str, now: float) -> None:
+        """Draw the conclusions from a failure."""
+        peer.blocked[cid] = now + (1.0 if why == OTHER else self.SUSPEND_S if why in (GONE, STALLED) else self.ISOLATE_S)
+        if not holder:
+            return
+        holder.accusers[peer.cid] = holder.accusers.get(peer.cid, 0) + 1
+        if why == WRONG_BYTES:
+            peer.accused.add(cid)
+            if len(peer.accused) > 3:  # who finds everybody wrong is wrong himself
+                return
+        reports, accusers = sum(holder.accusers.values()), len(holder.accusers)
+        if why == REFUSED:
+            holder.suspended_until = max(holder.suspended_until, now + self.SUSPEND_S)
+        if (accusers >= 2 and why in (REFUSED, WRONG_BYTES)) or reports >= (3 if why in (REFUSED, WRONG_BYTES) else 6):
+            holder.suspended_until = now + self.ISOLATE_S * 2 ** min(holder.isolations, 4)
+            holder.isolations += 1
+            holder.accusers.clear()
+        self._index(holder, now)
+
+    def isolated(self, task_id: str, now: float) -> Set[str]:
+        """Return the cids that serve nobody at present because of what they did."""
+        task = self._tasks.get(task_id)
+        return {peer.cid for peer in task.peers.values() if peer.isolations and peer.suspended_until > now} if task else set()
+
+    # -- flights ---------------------------------------------------------------
+
+    def _launch(self, peer: _Peer, holder: Optional[_Peer], num: int, now: float, slot: bool = True) -> None:
+        """Assign a piece."""
+        task = peer.task
+        common = _common(peer, holder)
+        crossed = peer.places[common:] if slot else []
+        for place in crossed:
+            place.entering += 1
+        if holder:
+            if slot:
+                holder.host.uploads += 1
+            for place in holder.places[common:]:
+                place.leaving += 1
+        else:
+            task.seed_sent += 1
+            task.seed_uploads += 1 if slot else 0
+        peer.flights[num] = _Flight(num, holder, now, slot, crossed)
+        peer.asked |= 1 << num
+        peer.room = max(0, peer.room - 1) if slot else peer.room
+        peer.idle_since = None
+        task.change(peer, num, 1)
+        peer.mail.append(Assignment(num, holder.cid if holder else SEED))
+        self._woken[task.task_id, peer.cid] = None
+        if holder:
+            for other in holder.host.peers:
+                self._index(other, now)
+
+    def _land(self, peer: _Peer, num: int) -> Optional[_Peer]:
+        """A flight has ended, however; return its holder."""
+        flight = peer.flights.pop(num)
+        peer.asked &= ~(1 << num)
+        task, holder = peer.task, flight.holder
+        task.change(peer, num, -1)
+        for place in flight.crossed:
+            place.entering -= 1
+        if holder:
+            if flight.slot:
+                holder.host.uploads -= 1
+            for place in holder.places[_common(peer, holder):]:
+                place.leaving -= 1
+        elif flight.slot:
+            task.seed_uploads -= 1
+        return holder
+
+    # -- matching ----------------------------------------------------------------
+
+    def _index(self, peer: _Peer, now: float) -> None:
+        """Put a peer among the idle holders and the hungry receivers of its places, or take it out."""
+        idle = bool(peer.serves and peer.offers and peer.host.uploads < self._up_slots and peer.suspended_until <= now)
+        hungry = peer.receiving and peer.room > 0
+        for place in peer.places:
+            place.idle.put(peer, idle)
+            place.hungry.put(peer, hungry)
+
+    def _free(self, holder: _Peer, now: float) -> bool:
+        return bool(holder.serves and holder.offers and holder.host.uploads < self._up_slots and holder.suspended_until <= now)
+
+    def _allowed(self, peer: _Peer, holder: Optional[_Peer], now: float) -> int:
+        """Return the mask of the pieces that `peer` may fetch from `holder` now."""
+        nums = (peer.task.seeded if holder is None else holder.offers) & ~peer.have & ~peer.asked
+        if not nums:
+            return 0
+        if holder is not None:
+            if holder is peer or peer.seed_only or (peer.blocked and peer.blocked.get(holder.cid, 0) > now) or (
+                    peer.legacy and ":" in str(holder.host_key[0])):  # type: ignore[attr-defined]
+                return 0
+            if peer.legacy:
+                nums &= peer.task.seeded
+        common = _common(peer, holder)
+        for place in peer.places[max(common, 1):]:
+            if place.entering >= self.CROSSINGS:
+                return 0
+            nums &= ~place.present
+        if common == 0:
+            nums &= ~peer.places[0].present
+        elif holder is not None and any(place.leaving >= self.CROSSINGS for place in holder.places[common:]):
+            return 0
+        return nums
+
+    def _feed(self, task: _Task, now: float) -> None:
+        """Have the seed send what nobody has yet, to receivers that have least under way."""
+        while task.seed_uploads < self._seed_slots and task.seeded & ~task.swarm.present and len(task.swarm.hungry):
+            found = [(len(peer.flights), peer.places[-1].entering, i, peer) for i, peer in enumerate(task.swarm.hungry.draw(self.SAMPLE, self._rng))
+                     if now >= peer.seed_retry_at and self._allowed(peer, None, now)]
+            if not found:
+                break
+            peer = min(found)[3]
+            nums = self._allowed(peer, None, now)
+            self._launch(peer, None, (nums & -nums).bit_length() - 1, now)
+            self._index(peer, now)
+        if task.receivers == 1 or task.swarm.hungry and any(p.seed_only for p in task.swarm.hungry.draw(4, self._rng)):
+            for peer in task.swarm.hungry.draw(4, self._rng):
+                self._serve(peer, now)
+                self._index(peer, now)
+
+    def _use(self, holder: _Peer, now: float) -> None:
+        """Have a holder upload, as long as it has slots and somebody near wants what it has."""
+        while self._free(holder, now):
+            best = None
+            for place in reversed(holder.places):
+                best = self._best_receiver(holder, place, now)
+                if best:
+                    break
+            if not best:
+                return
+            self._launch(best[0], holder, best[1], now)
+            self._index(best[0], now)
+
+    def _best_receiver(self, holder: _Peer, place: _Place, now: float) -> Optional[Tuple[_Peer, int]]:
+        found = []
+        for i, peer in enumerate(place.hungry.draw(self.SAMPLE, self._rng)):
+            nums = self._allowed(peer, holder, now)
+            if nums:
+                num = holder.task.rarest(nums, self._rng)
+                found.append((len(peer.flights), holder.task.rarity(num), i, peer, num))
+        return min(found)[3:] if found else None  # type: ignore[return-value]
+
+    def _serve(self, peer: _Peer, now: float) -> None:
+        """Give a receiver as much as it has room for."""
+        task = peer.task
+        if task.receivers == 1 and not peer.legacy and not peer.seed_only and peer.queue:
+            self._serve_alone(peer, now)
+            return
+        while peer.room > 0:
+            if task.seed_uploads < self._seed_slots and now >= peer.seed_retry_at:
+                nums = self._allowed(peer, None, now)
+                if nums:
+                    self._launch(peer, None, (nums & -nums).bit_length() - 1, now)
+                    continue
+            if peer.seed_only:
+                nums = task.seeded & ~peer.have & ~peer.asked
+                if not nums or now < peer.seed_retry_at:
+                    return
+                self._launch(peer, None, (nums & -nums).bit_length() - 1, now)
+                continue
+            best = self._best_holder(peer, now)
+            if not best:
+                return
+            self._launch(peer, best[0], best[1], now)
+
+    def _best_holder(self, peer: _Peer, now: float) -> Optional[Tuple[_Peer, int]]:
+        """Return the nearest free holder of something rare: same rack, same site, anywhere; the faster one of two."""
+        for place in reversed(peer.places):
+            found = []
+            for i, holder in enumerate(place.idle.draw(self.SAMPLE, self._rng)):
+                nums = self._allowed(peer, holder, now) if self._free(holder, now) else 0
+                if nums:
+                    num = peer.task.rarest(nums, self._rng)
+                    found.append((holder.host is not peer.host, peer.task.rarity(num), -holder.host.speed, i, holder, num))
+            if found:
+                return min(found)[4:]  # type: ignore[return-value]
+        return None
+
+    def _serve_alone(self, peer: _Peer, now: float) -> None:
+        """Give the only receiver of a task a long batch, in order, spread over those who have it by their speed.
+
+        From the seed also pieces that are still to come: its piece port holds such a request.
+        """
+        task = peer.task
+        if peer.room <= 0:
+            return
+        count = min(peer.room + peer.queue, peer.batch + peer.room)
+        peer.batch *= 2
+        wanted = (task.all if task.count is not None else task.seeded) & ~peer.have & ~peer.asked
+        holders = [h for h in task.swarm.idle.draw(self.SAMPLE, self._rng) if h is not peer and peer.blocked.get(h.cid, 0) <= now]
+        fastest = max([h.host.speed for h in holders] or [0.0]) or 1.0
+        load = {h: 0.0 for h in holders}
+        for num in nums_of(wanted)[:count]:
+            able = [h for h in holders if h.offers >> num & 1]
+            best = min(able, key=lambda h: load[h]) if able else None
+            if best:
+                load[best] += fastest / (best.host.speed or fastest)
+            elif now < peer.seed_retry_at:
+                break
+            self._launch(peer, best, num, now, slot=False)
+        peer.room = 0 if peer.flights else peer.room
+
+    # -- time --------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """A few times a second: what is late, who starves, who is forgiven."""
+        for task in self._tasks.values():
+            late = self.LATE * task.duration + self.LATE_S
+            for peer in list(task.peers.values()):
+                if peer.isolations and 0 < peer.suspended_until <= now:
+                    peer.suspended_until = 0.0
+                    self._index(peer, now)
+                    self._use(peer, now)
+                if peer.receiving:
+                    self._look_after(peer, late, now)
+            self._feed(task, now)
+
+    def _look_after(self, peer: _Peer, late: float, now: float) -> None:
+        """See what a receiver has waited for too long."""
+        task = peer.task
+        for flight in list(peer.flights.values()):
+            age = now - flight.since
+            if age > (late if flight.slot and peer.room > 0 and not task.all & ~peer.have & ~peer.asked else max(10.0, 3 * late) if flight.slot
+                      else self.LOST_S):
+                self._land(peer, flight.num)
+                if flight.holder:
+                    peer.blocked[flight.holder.cid] = now + 2 * late
+                    self._use(flight.holder, now)
+        if peer.room > 0 and not peer.flights:
+            peer.idle_since = peer.idle_since if peer.idle_since is not None else now
+            self._serve(peer, now)
+            starving = now - peer.idle_since > max(self.STARVE_S, 6 * task.duration) if peer.idle_since is not None else False
+            nums = task.seeded & ~peer.have & ~peer.asked
+            if starving and nums and task.seed_uploads < self._seed_slots + self.SPARE_SEED_SLOTS and now >= peer.seed_retry_at:
+                self._launch(peer, None, task.rarest(nums, self._rng), now)
+        elif peer.room > 0:
+            self._serve(peer, now)
+        self._index(peer, now)
+
+    # -- asking ------------------------------------------------------------------
+
+    def take(self, task_id: str, cid: str) -> List[Assignment]:
+        """Return what has been assigned to a client since the last call."""
+        peer = self._peer(task_id, cid)
+        if not peer:
+            return []
+        mail, peer.mail = peer.mail, []
+        return mail
+
+    def inflight(self, task_id: str, cid: str) -> List[Assignment]:
+        """Return all that is assigned to a client and has not ended."""
+        peer = self._peer(task_id, cid)
+        return [Assignment(f.num, f.holder.cid if f.holder else SEED) for f in peer.flights.values()] if peer else []
+
+    def woken(self) -> List[Tuple[str, str]]:
+        """Return (task, cid) of the clients that were assigned something since the last call."""
+        woken, self._woken = list(self._woken), {}
+        return woken
+
+    def finished(self, task_id: str, cid: str) -> bool:
+        """Return whether a client has every piece."""
+        peer = self._peer(task_id, cid)
+        return bool(peer and peer.task.count is not None and peer.have == (1 << peer.task.count) - 1)
+
+    def waiting_for(self, task_id: str, cid: str, now: float) -> Waiting:
+        """Return why a client has nothing to do."""
+        peer = self._peer(task_id, cid)
+        if not peer:
+            return Waiting(0, 0, True, 0)
+        missing = peer.task.all & ~peer.have
+        unseeded = missing & ~peer.task.seeded
+        num = ((unseeded or missing or 1) & -(unseeded or missing or 1)).bit_length() - 1
+        holders = sum(1 for other in peer.task.peers.values() if other.offers >> num & 1 and other.suspended_until <= now)
+        return Waiting(bin(missing).count("1"), num, not unseeded and bool(missing), holders)
+
+    def seed_copies(self, task_id: str) -> float:
+        """Return how many copies of the file the seed has sent."""
+        task = self._tasks.get(task_id)
+        return task.seed_sent / float(task.count) if task and task.count else 0.0
+
+
+def _common(peer: _Peer, holder: Optional[_Peer]) -> int:
+    """Return how many of a receiver's places its holder is in, wide to narrow; the seed is in none."""
+    if holder is None:
+        return 0
+    depth = 0
+    for mine, other in zip(peer.places, holder.places):
+        if mine is not other:
+            break
+        depth += 1
+    return depth
 
 
 # ==============================================================================

@@ -36,7 +36,7 @@ PIECE = 262144                # the smallest piece on the wire, bytes
 CONTENT = PIECE - 5           # what of it is file content
 MB = 1 << 20
 
-TROUBLE = re.compile(r"Traceback \(most recent call last\)|ResourceWarning|Exception ignored in|DeprecationWarning")
+TROUBLE = re.compile(r"^.*(Traceback \(most recent call last\)|ResourceWarning|Exception ignored in|DeprecationWarning).*(\n.*){0,12}", re.M)
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
@@ -72,6 +72,12 @@ def wait_for(fact: Callable[[], Any], limit: float = 20.0, what: str = "") -> An
 def tail(text: str, count: int = 60) -> str:
     lines = text.splitlines()
     return "\n".join((["..."] if len(lines) > count else []) + lines[-count:])
+
+
+def trouble(text: str, where: str) -> List[str]:
+    """What no program of ours should ever say: a traceback, a warning, an exception that nobody caught."""
+    found = TROUBLE.search(text)
+    return ["trouble in %s:\n%s" % (where, found.group(0)[:2500].replace("\\n", "\n"))] if found else []
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -534,13 +540,9 @@ class World:
         complaints = ["process left behind: %d %s" % item for item in marked(self.mark).items()]
         complaints += ["file left behind in TMPDIR: " + name for name in os.listdir(self.tmp)]
         for command in self.commands:
-            found = TROUBLE.search(command.output())
-            if found:
-                complaints.append("%s printed %r:\n%s" % (command.label, found.group(0), tail(command.output(), 40)))
+            complaints += trouble(command.output(), "what %s printed" % command.label)
         for text, where in self._logs():
-            found = TROUBLE.search(text)
-            if found:
-                complaints.append("%s has %r:\n%s" % (where, found.group(0), text[max(0, found.start() - 300):found.start() + 3000]))
+            complaints += trouble(text, where)
         end = time.monotonic() + 5
         while set(threading.enumerate()) - self._threads and time.monotonic() < end:
             time.sleep(0.01)

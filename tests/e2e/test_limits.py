@@ -1,0 +1,118 @@
+"""Rates that hold within 5 %, disks that are full, and time that runs out."""
+import os
+import subprocess
+
+import pytest
+from world import MB, bad, good, wait_for
+
+
+def close_to(rate, result, size):
+    """Did `size` bytes take as long as `rate` says, within 5 % (and half a second to start)?"""
+    ideal = size / rate
+    assert ideal * 0.95 <= result.cost <= ideal * 1.05 + 0.5, "%.2f s for %.2f s, %s" % (result.cost, ideal, result.last)
+
+
+@pytest.mark.parametrize("pattern", ["p2p", "source"])
+def test_locallimit_holds(origin, supernode, host, blob, pattern):
+    supernode()
+    data = blob(20 * MB)
+    result = host().get(origin.put("f", data), "-s", "2M", "-p", pattern, check=data)
+    close_to(2 * MB, result, len(data))
+
+
+def test_totallimit_is_shared_by_the_downloads_of_a_host(origin, supernode, host, blob):
+    supernode()
+    here = host()
+    data = blob(10 * MB)
+    commands = [here.start(origin.put(name, data), "--totallimit", "2M", out=name) for name in ("a", "b")]
+    results = [good(command.wait(), data) for command in commands]
+    slowest = max(results, key=lambda r: r.cost)
+    close_to(2 * MB, slowest, 2 * len(data))
+
+
+def test_the_supernode_keeps_to_its_bandwidth(origin, supernode, host, blob):
+    supernode("--max-bandwidth", "4M")
+    data = blob(24 * MB)
+    result = host().get(origin.put("f", data), check=data)
+    close_to(4 * MB, result, len(data))
+
+
+def test_without_a_limit_nothing_is_slowed(origin, supernode, host, blob):
+    supernode()
+    data = blob(64 * MB)
+    result = host().get(origin.put("f", data), check=data)
+    assert result.cost < 3.0, result.last  # the original's silent 20 MB/s would need 3.2 s
+
+
+@pytest.fixture
+def small_disk(world):
+    """`small_disk(host, size)` puts a tmpfs of `size` bytes under the host's folder `disk`."""
+    mounted = []
+
+    def mount(host, size):
+        if os.geteuid():
+            pytest.skip("only root can mount a small disk")
+        path = host.path("disk")
+        os.mkdir(path)
+        if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=%d" % size, "tmpfs", path], stderr=subprocess.DEVNULL):
+            pytest.skip("this machine lets nobody mount")
+        mounted.append(path)
+        return path
+    yield mount
+    for command in world.commands:
+        command.kill()
+    for path in mounted:
+        subprocess.check_call(["umount", "-l", path])
+
+
+@pytest.mark.parametrize("pattern", ["p2p", "source"])
+def test_a_disk_that_is_too_small_is_seen_before_the_download_starts(origin, supernode, host, blob, small_disk, pattern):
+    supernode()
+    here = host()
+    disk = small_disk(here, 3 * MB)
+    url = origin.put("f", blob(32 * MB), rate=2 * MB)
+    result = bad(here.get(url, "-p", pattern, out="disk/out"), 10)
+    assert result.reason in (4, 1004), result.out
+    assert "space" in result.out and result.seconds < 8, result.out
+    assert os.listdir(disk) == []
+
+
+@pytest.mark.parametrize("pattern", ["p2p", "source"])
+def test_a_disk_that_fills_up_during_the_download_is_a_clear_error(origin, supernode, host, blob, small_disk, pattern):
+    supernode()
+    here = host()
+    disk = small_disk(here, 3 * MB)
+    result = bad(here.get(origin.put("f", blob(8 * MB), length=False), "-p", pattern, out="disk/out"), 10)
+    assert result.reason in (4, 1004) and "space" in result.out, result.out
+    assert "out" not in os.listdir(disk)
+
+
+def test_a_supernode_with_a_full_disk_sends_hosts_to_the_origin(origin, supernode, host, blob, small_disk):
+    here = host("nodehost")
+    supernode(home=os.path.join(small_disk(here, 3 * MB), "home"))
+    data = blob(8 * MB)
+    result = host().get(origin.put("f", data), check=data)
+    assert result.reason in (1, 3) and result.seconds < 30, result.out
+
+
+def test_time_that_runs_out_ends_in_a_named_stall(origin, supernode, host, blob):
+    supernode()
+    url = origin.put("f", blob(4 * MB), stall_after=2 * MB)
+    result = bad(host().get(url, "-e", "3", "--notbs"), 11)
+    assert result.seconds < 15, result.out
+
+
+def test_a_stalled_origin_ends_a_direct_download_in_time(origin, host, blob):
+    url = origin.put("f", blob(4 * MB), stall_after=2 * MB)
+    result = bad(host().get(url, "-e", "3", "-p", "source"), 11)
+    assert result.seconds < 15, result.out
+
+
+def test_a_stall_names_its_cause(origin, supernode, host, blob):
+    supernode()
+    data = blob(4 * MB)
+    url = origin.put("f", data, stall_after=2 * MB)
+    command = host().start(url, "-b")
+    wait_for(lambda: "waiting:" in command.output(), 30, "a line that says what is waited for")
+    origin.release("f")
+    good(command.wait(), data)

@@ -1,0 +1,102 @@
+"""Called through a link named like one of Dragonfly's programs, the file is that program, exit codes included."""
+import os
+
+import pytest
+from world import DFLY, MB, Command, Supernode, bad, dead_port, md5, wait_for
+
+
+@pytest.fixture
+def link(world):
+    """`link("dfget")` makes a link of that name to dfly.py and returns its path."""
+    def make(name):
+        path = os.path.join(world.root, name)
+        os.symlink(DFLY, path)
+        return path
+    return make
+
+
+@pytest.fixture
+def dfget(world, supernode, host, link):
+    """`dfget(*flags)` runs dfget once, with a home and an output of its own."""
+    program, here = link("dfget"), host()
+
+    def run(*flags, node=None):
+        argv = [world.python, program, "--home", here.home, "--ip", "127.0.0.1", "-o", here.path("out"), "-n", node or world.node(), *flags]
+        return Command(world, "dfget", argv, here.path("out")).wait()
+    return run
+
+
+def test_dfget_downloads(dfget, origin, supernode, blob):
+    supernode()
+    result = dfget("-u", origin.put("f", blob(MB)))
+    assert result.code == 0 and result.data == blob(MB), result.out
+
+
+def test_dfget_fails_with_80_when_the_download_failed(dfget, origin, supernode, blob):
+    supernode()
+    result = bad(dfget("-u", origin.put("f", b"", status=404)), 80)
+    assert "download FAIL(1104)" in result.stdout, result.out
+    bad(dfget("-u", origin.put("g", blob(MB)), "--notbs", node="127.0.0.1:%d" % dead_port()), 80)
+    bad(dfget("-u", origin.put("h", blob(MB)), "-m", md5(b"other")), 80)
+
+
+def test_dfget_fails_with_79_when_credentials_are_missing(dfget, origin, supernode, blob):
+    supernode()
+    result = bad(dfget("-u", origin.put("f", blob(MB), auth="Basic eDp5")), 79)
+    assert "download FAIL(1103)" in result.stdout, result.out
+
+
+def test_dfget_fails_with_1_for_bad_options(dfget, supernode):
+    supernode()
+    bad(dfget("-u", "nonsense"), 1)
+    bad(dfget("--bogus"), 1)
+
+
+def test_dfget_fails_with_77_when_it_cannot_prepare(world, supernode, origin, host, link, blob):
+    node = supernode()
+    here = host()
+    with open(here.path("file"), "w"):
+        pass
+    argv = [world.python, link("dfget"), "--home", here.path("file/home"), "--ip", "127.0.0.1", "-o", here.path("out"), "-n", node.node,
+            "-u", origin.put("f", blob(1000))]
+    bad(Command(world, "dfget", argv, here.path("out")).wait(), 77)
+
+
+def test_dfget_version_is_printed(world, link):
+    result = Command(world, "dfget", [world.python, link("dfget"), "version"]).wait()
+    assert result.code == 0 and result.stdout.startswith("dfget version:")
+
+
+def test_supernode_serves(world, link, origin, host, blob):
+    home = os.path.join(world.root, "home")
+    command = Command(world, "supernode", [world.python, link("supernode"), "--home-dir", home, "--port", "0", "--download-port", "0",
+                                           "--advertise-ip", "127.0.0.1"])
+    found = wait_for(lambda: Supernode.LISTENING.search(command.stdout), 20)
+    url = origin.put("f", blob(MB))
+    assert host().get(url, node="127.0.0.1:" + found.group(2), check=blob(MB)).reason == 0
+    assert command.stop() == 0
+
+
+def test_dfdaemon_is_known(world, link):
+    result = Command(world, "dfdaemon", [world.python, link("dfdaemon"), "--help"]).wait(20)
+    assert "Traceback" not in result.out and result.code in (0, 2), result.out
+
+
+@pytest.mark.parametrize("arguments", [["bogus"], [], ["get", "--help"], ["supernode", "--help"], ["peer", "--help"], ["demo", "--help"], ["--help"]])
+def test_the_command_line_explains_itself(world, arguments):
+    result = world.run(*arguments)
+    assert result.code == (0 if "--help" in arguments else 2) and result.out.strip() and "Traceback" not in result.out, result.out
+
+
+@pytest.mark.parametrize("arguments", [["--port", "99999"], ["--max-bandwidth", "x"], ["--bogus"], ["--home", "/dev/null/x"], ["--config", "/nonexistent"]])
+def test_a_supernode_with_bad_settings_says_so_and_ends(world, arguments):
+    home = os.path.join(world.root, "h")
+    result = world.run("supernode", "--home", home, "--port", "0", "--download-port", "0", *arguments, timeout=20)
+    assert result.code in (2, 3) and len(result.stderr.splitlines()) == 1, result.out
+
+
+def test_a_second_supernode_on_the_same_port_or_home_says_so_and_ends(world, supernode):
+    node = supernode()
+    for home, port in ((os.path.join(world.root, "other"), node.port), (node.home, 0)):
+        result = world.run("supernode", "--home", home, "--port", str(port), "--download-port", "0", timeout=20)
+        assert result.code in (2, 3, 4) and len(result.stderr.splitlines()) == 1, result.out
