@@ -770,6 +770,21 @@ class FileSpan:
             self.fd = -1
 
 
+def small_queue(sock: socket.socket) -> None:
+    """Keep little in flight on a slow link: four times what its round trip holds.
+
+    Else pieces fill the queues in front of the link, and the few bytes that order the next ones wait behind them; on
+    50 Mbit/s that costs 50 ms each way, a third of a piece's time.  The kernel says round trip and rate (Linux 4.9).
+    """
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
+        trip_us, rate = struct.unpack_from("=I", info, 148)[0], struct.unpack_from("=Q", info, 160)[0]
+        if 0 < rate < 40 * MIB and 0 < trip_us < 1000000:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, max(20000, int(4e-6 * trip_us * rate)))
+    except (OSError, struct.error, AttributeError):  # not here: it only costs time
+        pass
+
+
 class Response:
     """An answer: status, headers beyond the length, and a body of bytes and file spans."""
 
@@ -1240,6 +1255,8 @@ class Server:
             link.output = collections.deque([memoryview(head)])
             link.output.extend(s if isinstance(s, FileSpan) else memoryview(s) for s in segments)
             self._cork(link, 1)
+            if link.sock.family != socket.AF_UNIX:
+                small_queue(link.sock)
         self._set(link, _Link.WRITING, self.WRITE_S)
         try:
             self._write(link)
@@ -2581,10 +2598,11 @@ class Scheduler:
     LATE_S = 1.0
     LOST_S = 60.0  # after this a fetch in advance, too, counts as lost
     STARVE_S = 1.0  # a receiver with nothing under way gets a second copy from the seed after this (or 6 durations)
+    SEED_COPIES = 1.2  # that the seed sends at most to swarms that could do without
     SPARE_SEED_SLOTS = 2  # for those
     SUSPEND_S, ISOLATE_S = 3.0, 60.0
 
-    def __init__(self, up_slots: int = 2, seed_slots: int = 3, rng: Optional[random.Random] = None) -> None:
+    def __init__(self, up_slots: int = 3, seed_slots: int = 3, rng: Optional[random.Random] = None) -> None:
         self._up_slots, self._seed_slots = up_slots, seed_slots
         self._rng = rng or random.Random()
         self._tasks = {}  # type: Dict[str, _Task]
@@ -2711,6 +2729,15 @@ class Scheduler:
         self._use(peer, now)
         self._reuse(peer.task, source, flight, now)
 
+    def soon(self, task_id: str, cid: str, num: int, now: float) -> None:
+        """Piece `num` is about to arrive: its slots are as good as free, so that the next fetch is on its way by then."""
+        peer = self._peer(task_id, cid)
+        flight = peer.flights.get(num) if peer else None
+        if not peer or not flight or not flight.slot:
+            return
+        self._release(peer, flight)
+        self._reuse(peer.task, flight.holder, flight, now)
+
     def failed(self, task_id: str, cid: str, num: int, holder: str, why: str, now: float) -> None:
         """A client could not get piece `num` from `holder`, because of `why`."""
         peer = self._peer(task_id, cid)
@@ -2751,7 +2778,7 @@ class Scheduler:
         task = peer.task
         if seconds:
             task.duration = 0.9 * task.duration + 0.1 * seconds if task.duration else seconds
-        elif flight and flight.slot:
+        elif flight:
             task.duration = 0.9 * task.duration + 0.1 * (now - flight.since) if task.duration else now - flight.since
         if holder:
             holder.accusers.clear()
@@ -2795,8 +2822,8 @@ class Scheduler:
         if holder:
             if slot:
                 holder.host.uploads += 1
-            for place in holder.places[common:]:
-                place.leaving += 1
+                for place in holder.places[common:]:
+                    place.leaving += 1
         else:
             task.seed_sent += 1
             task.seed_uploads += 1 if slot else 0
@@ -2815,18 +2842,24 @@ class Scheduler:
         """A flight has ended, however; return its holder."""
         flight = peer.flights.pop(num)
         peer.asked &= ~(1 << num)
-        task, holder = peer.task, flight.holder
-        task.change(peer, num, -1)
+        peer.task.change(peer, num, -1)
+        self._release(peer, flight)
+        return flight.holder
+
+    @staticmethod
+    def _release(peer: _Peer, flight: _Flight) -> None:
+        """Give back what a flight takes of its holder and of the ways between."""
+        if not flight.slot:
+            return
+        flight.slot = False
         for place in flight.crossed:
             place.entering -= 1
-        if holder:
-            if flight.slot:
-                holder.host.uploads -= 1
-            for place in holder.places[_common(peer, holder):]:
+        if flight.holder:
+            flight.holder.host.uploads -= 1
+            for place in flight.holder.places[_common(peer, flight.holder):]:
                 place.leaving -= 1
-        elif flight.slot:
-            task.seed_uploads -= 1
-        return holder
+        else:
+            peer.task.seed_uploads -= 1
 
     # -- matching ----------------------------------------------------------------
 
@@ -2843,7 +2876,8 @@ class Scheduler:
 
     def _allowed(self, peer: _Peer, holder: Optional[_Peer], now: float) -> int:
         """Return the mask of the pieces that `peer` may fetch from `holder` now."""
-        nums = (peer.task.seeded if holder is None else holder.offers) & ~peer.have & ~peer.asked
+        task = peer.task
+        nums = (task.seeded if holder is None else holder.offers) & ~peer.have & ~peer.asked
         if not nums:
             return 0
         if holder is not None:
@@ -2851,33 +2885,39 @@ class Scheduler:
                     peer.legacy and ":" in str(holder.host_key[0])):  # type: ignore[attr-defined]
                 return 0
             if peer.legacy:
-                nums &= peer.task.seeded
+                nums &= task.seeded
         common = _common(peer, holder)
-        for place in peer.places[max(common, 1):]:
-            if place.entering >= self.CROSSINGS:
+        if holder is None and task.count is not None and not task.all & ~task.swarm.present and task.seed_sent < self.SEED_COPIES * task.count:
+            return nums  # all is out: now the seed is a holder like any other
+        for place in peer.places[common:]:
+            if place.entering >= self.CROSSINGS and place is not task.swarm:
                 return 0
             nums &= ~place.present
-        if common == 0:
-            nums &= ~peer.places[0].present
-        elif holder is not None and any(place.leaving >= self.CROSSINGS for place in holder.places[common:]):
+        if holder is None:
+            return nums
+        if any(place.leaving >= self.CROSSINGS for place in holder.places[common:]):
             return 0
         return nums
 
     def _feed(self, task: _Task, now: float) -> None:
         """Have the seed send what nobody has yet, to receivers that have least under way."""
-        while task.seed_uploads < self._seed_slots and task.seeded & ~task.swarm.present and len(task.swarm.hungry):
+        while task.seed_uploads < self._seed_slots and len(task.swarm.hungry):
             found = [(len(peer.flights), peer.places[-1].entering, i, peer) for i, peer in enumerate(task.swarm.hungry.draw(self.SAMPLE, self._rng))
                      if now >= peer.seed_retry_at and self._allowed(peer, None, now)]
             if not found:
                 break
             peer = min(found)[3]
-            nums = self._allowed(peer, None, now)
-            self._launch(peer, None, (nums & -nums).bit_length() - 1, now)
+            self._launch(peer, None, self._first(task, self._allowed(peer, None, now)), now)
             self._index(peer, now)
         if task.receivers == 1 or task.swarm.hungry and any(p.seed_only for p in task.swarm.hungry.draw(4, self._rng)):
             for peer in task.swarm.hungry.draw(4, self._rng):
                 self._serve(peer, now)
                 self._index(peer, now)
+
+    def _first(self, task: _Task, nums: int) -> int:
+        """Return what the seed sends next: of what nobody has the lowest, else the rarest."""
+        new = nums & ~task.swarm.present
+        return (new & -new).bit_length() - 1 if new else task.rarest(nums, self._rng)
 
     def _use(self, holder: _Peer, now: float) -> None:
         """Have a holder upload, as long as it has slots and somebody near wants what it has."""
@@ -2911,7 +2951,7 @@ class Scheduler:
             if task.seed_uploads < self._seed_slots and now >= peer.seed_retry_at:
                 nums = self._allowed(peer, None, now)
                 if nums:
-                    self._launch(peer, None, (nums & -nums).bit_length() - 1, now)
+                    self._launch(peer, None, self._first(task, nums), now)
                     continue
             if peer.seed_only:
                 nums = task.seeded & ~peer.have & ~peer.asked
@@ -3013,6 +3053,11 @@ class Scheduler:
         peer = self._peer(task_id, cid)
         return [Assignment(f.num, f.holder.cid if f.holder else SEED) for f in peer.flights.values()] if peer else []
 
+    def busy(self, task_id: str, cid: str) -> int:
+        """Return how many of a client's fetches are not about to end."""
+        peer = self._peer(task_id, cid)
+        return sum(flight.slot for flight in peer.flights.values()) if peer else 0
+
     def woken(self) -> List[Tuple[str, str]]:
         """Return (task, cid) of the clients that were assigned something since the last call."""
         woken, self._woken = list(self._woken), {}
@@ -3033,6 +3078,11 @@ class Scheduler:
         num = ((unseeded or missing or 1) & -(unseeded or missing or 1)).bit_length() - 1
         holders = sum(1 for other in peer.task.peers.values() if other.offers >> num & 1 and other.suspended_until <= now)
         return Waiting(bin(missing).count("1"), num, not unseeded and bool(missing), holders)
+
+    def progress(self, task_id: str) -> Dict[str, Tuple[int, int]]:
+        """Return (pieces held, pieces under way) by cid."""
+        task = self._tasks.get(task_id)
+        return {cid: (bin(peer.have).count("1"), len(peer.flights)) for cid, peer in task.peers.items()} if task else {}
 
     def seed_copies(self, task_id: str) -> float:
         """Return how many copies of the file the seed has sent."""
@@ -3924,7 +3974,7 @@ class Supernode(CdnEvents):
     def sync(self, request: Request) -> Any:
         """POST /peer/sync: reports and requests in one, held until there is something to say.
 
-        Asked: {task, cid, done: [[num, holder, seconds, bytes]], failed: [[num, holder, why]], room, queue, have (hex
+        Asked: {task, cid, done: [[num, holder, seconds, bytes]], failed: [[num, holder, why]], soon: [num], room, queue, have (hex
         mask, first time), wait (seconds)}.  Answered: {code, length?, eager (others wait: report each piece
         at once), holders: {cid: [ip, port, path]}, pieces: [[num, cid, seal?]]}; code 601 has pieces, 602 none (msg says
         why), 600 ends it, 604 and 502 send the client on.
@@ -3980,6 +4030,8 @@ class Supernode(CdnEvents):
                     raise ValueError(num)
                 scheduler.done(task.task_id, peer.cid, int(num), now, holder=self._holder_of(task, str(holder)),
                                seconds=max(1e-6, float(seconds)), nbytes=int(size))
+            for num in data.get("soon", []):
+                scheduler.soon(task.task_id, peer.cid, int(num), now)
             for num, holder, why in failed:
                 if not 0 <= int(num) <= most:
                     raise ValueError(num)
@@ -4110,11 +4162,16 @@ class Supernode(CdnEvents):
         task = self._task_named(request)
         layout = task.cdn.store.layout if task.cdn.store else Layout(None, MIB)
         known = layout.length is not None
+        with self._lock:
+            progress = self._scheduler.progress(task.task_id)
+            copies = self._scheduler.seed_copies(task.task_id)
         return Response.of_json({"ID": task.task_id, "cdnStatus": task.cdn.state, "fileLength": layout.wrapped_length if known else -1,
                                  "httpFileLength": layout.length if known else -1, "pieceSize": layout.size,
                                  "pieceTotal": layout.count or 0, "rawURL": task.url, "taskURL": task.url,
-                                 "realMd5": task.follower.digest if task.follower else "", "peers": {
-                                     peer.cid: {"requests": peer.requests, "finished": peer.finished} for peer in task.peers.values()}})
+                                 "realMd5": task.follower.digest if task.follower else "", "seedCopies": copies,
+                                 "seedPieces": bin(task.cdn.store.have).count("1") if task.cdn.store else 0, "peers": {
+                                     peer.cid: {"requests": peer.requests, "finished": peer.finished, "pieces": progress.get(peer.cid, (0, 0))[0],
+                                                "running": progress.get(peer.cid, (0, 0))[1]} for peer in list(task.peers.values())}})
 
     def task_delete(self, request: Request) -> Response:
         """DELETE /api/v1/tasks/{id}, from this host only.  Wire: 4.6, 16 (1)"""
@@ -4548,9 +4605,10 @@ def _fork_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: floa
 #    the last check, progress and the last lines.
 # ==============================================================================
 
-FETCHERS = 4  # pieces under way at once: enough that one always flows while the others are asked for
+FETCHERS = 3  # pieces under way at once, as many as a peer uploads: where all have as many, the links share out evenly
 AHEAD = 64  # pieces a lone download may have been promised beyond those
 PEER_SILENCE_S = 4.0  # from a peer, before its piece is asked for elsewhere
+PEER_TURN_S = 6.0  # until a peer begins to send, plus the time that a few pieces take at 2 MB/s
 SEED_SILENCE_S = 30.0  # from a supernode, which holds a request until the origin has sent that far
 STALL_S = 5.0  # without a byte, before the reason is printed
 CHUNK = 1 << 18  # bytes received and digested at once: they are still in the cache when they are written
@@ -4600,6 +4658,8 @@ class Fetchers:
     def __init__(self, store: TaskFile, bucket: TokenBucket, headers: List[Tuple[str, str]], count: int, log: Log) -> None:
         self._store, self._bucket, self._headers, self._log = store, bucket, headers, log
         self.outcomes = collections.deque()  # type: collections.deque
+        self.endings = collections.deque()  # type: collections.deque  # orders that are about to end well
+        self.delay = 0.0  # seconds from a request to its first byte, averaged
         self.wake_fd, self._wake_w = os.pipe()
         self.bytes = collections.Counter()  # type: Dict[str, int]  # plain bytes of good pieces, by kind of holder
         self.holders = collections.Counter()  # type: Dict[str, int]  # the same by address
@@ -4610,14 +4670,16 @@ class Fetchers:
         self._left = 0  # orders put and not ended
         self._stopping = False
         self._pool = Pool(PEER_SILENCE_S, 2.0)
-        self._threads = [threading.Thread(target=self._run, name="dfly-get-%d" % i, daemon=True) for i in range(count)]
+        self._threads = [threading.Thread(target=self._run, name="dfly-get-%d" % i, daemon=True) for i in range(2 * count)]  # the next request leaves before a piece has ended
+        self._count = count
+        self._ending = set()  # type: Set[int]  # pieces whose end has been announced
         for thread in self._threads:
             thread.start()
 
     @property
     def room(self) -> int:
-        """How many more orders would be worked on at once."""
-        return max(0, len(self._threads) - self._left)
+        """How many more orders should be begun now."""
+        return max(0, self._count - self._left + len(self._ending))
 
     @property
     def left(self) -> int:
@@ -4671,6 +4733,7 @@ class Fetchers:
                 error = DflyError("internal error: %r" % failure)
             with self._lock:
                 self._left -= 1
+                self._ending.discard(order.num)
                 if not error:
                     kind = "origin" if order.plain else "supernode" if order.cid.startswith("cdnnode:") else "peers"
                     self.bytes[kind] += length
@@ -4694,7 +4757,9 @@ class Fetchers:
             headers.append(("cdnSource", "source"))
             parts = urlsplit(order.path)
             target = order.path.split(parts.netloc, 1)[1] if parts.netloc else order.path
+        asked = time.monotonic()
         link, reply = self._open(order, target, headers)
+        self.delay += 0.2 * (time.monotonic() - asked - self.delay)
         good = False
         try:
             if reply.status not in (200, 206):
@@ -4715,7 +4780,7 @@ class Fetchers:
             link = self._pool.link(order.host, order.port)
             kept = not link.fresh
             try:
-                link.set_timeout(SEED_SILENCE_S if seed else PEER_SILENCE_S)
+                link.set_timeout(SEED_SILENCE_S if seed else PEER_TURN_S + self._store.layout.size / 5e5)
                 link.send("GET", target, headers)
                 return link, link.reply()
             except NetworkError as error:
@@ -4738,12 +4803,13 @@ class Fetchers:
         total = expected + WRAP if wrapped else expected
         old = bool(order.digest) and not order.digest.startswith("sha256:")
         digest = PieceDigest(piece_head(expected, layout.size) if old else b"", reread=True)
-        first, got, lock = b"", 0, self._claim(order)
+        first, got, lock, began = b"", 0, self._claim(order), time.monotonic()
         while got < total:
             if self._stopping or self._store.have >> order.num & 1:
                 return self._give_up(order)
-            self._bucket.take(min(total - got, self._bucket.chunk(CHUNK)))
-            count = reply.read_into(buffer[:min(total - got, self._bucket.chunk(CHUNK))])
+            chunk = self._watch_pace(order, got, total, began)
+            self._bucket.take(min(total - got, self._bucket.chunk(chunk)))
+            count = reply.read_into(buffer[:min(total - got, self._bucket.chunk(chunk))])
             if not count:
                 break
             self.received += count
@@ -4762,6 +4828,17 @@ class Fetchers:
         if not self._commit(order, lock, seal):
             return 0
         return expected
+
+    def _watch_pace(self, order: Order, got: int, total: int, began: float) -> int:
+        """Announce the end of a piece when it is as far off as the answer to a request; return how much to read next."""
+        pace = got / max(time.monotonic() - began, 1e-4)
+        left_s = (total - got) / pace if got else 1e9
+        if 0.005 < left_s < 2 * self.delay and order.num not in self._ending:
+            with self._lock:
+                self._ending.add(order.num)
+            self.endings.append(order)
+            os.write(self._wake_w, b"x")
+        return int(min(CHUNK, max(CHUNK / 4, pace * 0.02)))
 
     def _length_of(self, order: Order) -> int:
         """Return the plain bytes the piece must have."""
@@ -4849,6 +4926,7 @@ class SyncLine:
         self._idle = []  # type: List[HttpLink]
         self._pending = []  # type: List[HttpLink]  # a sync is unanswered on these, oldest first
         self._reports = []  # type: List[Outcome]
+        self._soon = []  # type: List[int]  # pieces about to arrive
         self._have = store.have  # to be told once
         self._eager = False  # others wait for what we have
         self.reason = ""  # why there is nothing to do, in the supernode's words
@@ -4858,7 +4936,10 @@ class SyncLine:
         """Report, ask, wait at most `limit_s` for something to happen, and take orders.  Raises Migrate, NetworkError."""
         self._reports += [o for o in outcomes if not isinstance(o.error, _Superseded)]
         low = self._fetchers.left <= FETCHERS
-        if not self._pending or self._reports and (low or self._eager or any(o.error for o in self._reports)):
+        while self._fetchers.endings:
+            self._soon.append(self._fetchers.endings.popleft().num)
+        if not self._pending or (self._reports and (low or self._eager or any(o.error for o in self._reports))) or (
+                self._eager and self._soon):
             self._send()
         for sock in self._fetchers.wait(limit_s, [link.sock for link in self._pending]):
             self._answer(next(link for link in self._pending if link.sock is sock))
@@ -4866,9 +4947,9 @@ class SyncLine:
     def _send(self) -> None:
         done = [[o.order.num, o.order.cid, round(o.seconds, 4), o.length] for o in self._reports if not o.error]
         failed = [[o.order.num, o.order.cid, getattr(o.error, "why", "other")] for o in self._reports if o.error]
-        self._reports = []
+        soon, self._reports, self._soon = self._soon, [], []
         room = self._fetchers.room
-        message = {"task": self._registration.task_id, "cid": self._cid, "done": done, "failed": failed, "room": room,
+        message = {"task": self._registration.task_id, "cid": self._cid, "done": done, "failed": failed, "soon": soon, "room": room,
                    "queue": AHEAD if self._fetchers.left <= FETCHERS else 0}
         if self._have:
             message["have"] = "%x" % self._have
@@ -5737,7 +5818,7 @@ def supernode_parser() -> Any:
     _flag(parser, "--advertise-ip", default="", metavar="IP", help="address that peers shall use (first of this host)")
     _flag(parser, "--max-bandwidth", type=parse_size, default=0, metavar="RATE", help="limit each way: from origins, and to peers (none)")
     _flag(parser, "--system-bandwidth", type=parse_size, default=0, metavar="RATE", help="part of --max-bandwidth left to others (0)")
-    _flag(parser, "--up-limit", type=_positive, default=2, metavar="N", help="pieces a peer uploads at once (2)")
+    _flag(parser, "--up-limit", type=_positive, default=3, metavar="N", help="pieces a peer uploads at once (3)")
     _flag(parser, "--down-limit", type=_positive, default=4, metavar="N", help="pieces an old client downloads at once (4)")
     _flag(parser, "--seed-limit", type=_positive, default=3, metavar="N", help="first copies the supernode sends at once (3)")
     _flag(parser, "--fail-access-interval", type=parse_duration, default=5.0, help="how long a failed origin is not asked again (5s)")

@@ -112,14 +112,11 @@ def dfget(world):
     os.symlink(worlds.DFLY, link)
     out = os.path.join(world.root, "dfget.out")
 
-    def run(url, *flags, node=None, timeout=60, home=None):
-        argv = [world.python, link, "-u", url, "-o", out, "--home", home or os.path.join(world.root, "dfget-home"), "--ip", "127.0.0.1"]
-        argv += ["--node", node] if node else []
-        world_host = next((h for h in world.hosts if h.name == "dfget-home"), None)
-        if not world_host and not home:
-            world_host = world.host("dfget-home")
-            argv[argv.index("--home") + 1] = world_host.home
-        elif world_host and not home:
-            argv[argv.index("--home") + 1] = world_host.home
+    home = world.host("dfget-home").home
+
+    def run(url, *flags, node=None, timeout=60):
+        if os.path.exists(out):
+            os.remove(out)
+        argv = [world.python, link, "-u", url, "-o", out, "--home", home, "--ip", "127.0.0.1"] + (["--node", node] if node else [])
         return worlds.Command(world, "dfget", argv + list(flags), out).wait(timeout)
     return run
