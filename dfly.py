@@ -4411,7 +4411,7 @@ class Uploader:
             shared = self._tasks.get(data["name"])
             self._busy_at = self._clock()
         if shared and shared.store:
-            if data.get("complete"):
+            if data.get("complete") and not shared.stamp:
                 shared.store.refresh()
                 shared.stamp = shared.store.stamp()
             shared.pid = 0
@@ -5374,8 +5374,12 @@ class Download:
         headers = [("Content-Type", "application/json"), ("User-Agent", "dfly/" + VERSION), (DFLY_HEADER, "1 " + options.location)]
         if options.pattern == "cdn":
             headers.append(("X-Dfly-Pattern", "cdn"))
+        pool = Pool(5.0, 2.0)
         for _ in range(4):
-            status, text = Pool(5.0, 2.0).ask(node.host, node.port, "POST", "/peer/registry", headers, json.dumps(body).encode())
+            try:
+                status, text = pool.ask(node.host, node.port, "POST", "/peer/registry", headers, json.dumps(body).encode())
+            finally:
+                pool.close()
             try:
                 answer = json.loads(text.decode())
                 code = answer["code"]

@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import uuid
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from station import Origin, make_certificate
 
@@ -255,6 +255,23 @@ class Supernode(Command):
     def ask(self, method: str, path: str, body: Any = None, headers: Optional[dict] = None, timeout: float = 20.0) -> "Answer":
         """One request to the control port."""
         return ask((self.ip, self.port), method, path, body, headers, timeout)
+
+    def old_client(self, url: str, cid: str, port: int = 0) -> Iterator[Dict[str, Any]]:
+        """Register and pull as dfget 1.0.6 does: yield every piece task, report each as done, end at 600.  Wire: 1, 3, 4.1"""
+        answer = self.ask("POST", "/peer/registry", {
+            "superNodeIp": self.ip, "rawUrl": url, "taskUrl": url, "cid": cid, "ip": self.ip, "hostName": "old", "port": port,
+            "path": "/peer/file/old-" + cid.partition("-")[2], "version": "1.0.6", "callSystem": "test"}).json
+        assert answer["code"] == 200, answer
+        task, report, end = answer["data"]["taskId"], "status=700&result=502&dstCid=&range=", time.monotonic() + 30
+        while answer["code"] != 600:
+            answer = self.ask("GET", "/peer/task?srcCid=%s&taskId=%s&%s" % (cid, task, report)).json
+            assert answer["code"] in (600, 601, 602) and time.monotonic() < end, answer
+            if answer["code"] == 602:
+                time.sleep(0.05)  # what it does before it asks again
+            for piece in answer.get("data") or [] if answer["code"] == 601 else []:
+                yield piece
+                report = "status=701&result=503&dstCid=%s&range=%s" % (piece["cid"], piece["range"])
+                self.ask("GET", "/peer/piece/suc?taskId=%s&cid=%s&dstCid=%s&pieceRange=%s" % (task, cid, piece["cid"], piece["range"]))
 
     def metrics(self) -> Dict[str, float]:
         """GET /metrics as {name: sum over its labels}; also {'name{labels}': value}."""

@@ -112,12 +112,12 @@ def test_odd_ranges_of_pieces_are_answered_soundly(unharmed):
 
 
 def piece_path(node):
-    """The pieces' path of the served file, as an old client is told it."""
+    """The pieces' path of the served file.  Wire: 2.3"""
     url = node.host.world.origins[0].base + "good"
-    body = register(rawUrl=url, taskUrl=url)
-    task = node.ask("POST", "/peer/registry", body).json["data"]["taskId"]
-    answer = node.ask("GET", "/peer/task?srcCid=%s&taskId=%s&status=700&result=502&dstCid=&range=" % (CID, task)).json
-    return next((p["path"] for p in answer["data"] if p["cid"].startswith("cdnnode")), "/download/%s/%s" % (task[:3], task))
+    task = node.ask("POST", "/peer/registry", register(rawUrl=url, taskUrl=url)).json["data"]["taskId"]
+    path = "/download/%s/%s" % (task[:3], task)
+    assert ask(("127.0.0.1", node.cdn_port), "GET", path, headers={"Range": "bytes=0-262143"}).status == 206
+    return path
 
 
 TRICKS = ["/../../../../../../etc/passwd", "/peer/file/../../../../../../etc/passwd", "/download/../../../../etc/passwd", "/download/abc/" + TASK,

@@ -114,30 +114,14 @@ def test_an_uploader_answers_ping_and_serves_wrapped_pieces(origin, supernode, h
     url = origin.put("f", data)
     here = host()
     here.get(url, check=data)
-    piece = next(p for p in pieces_of(node, url) if p["peerPort"] == here.uploader_address()[1])
+    pieces = list(node.old_client(url, "127.0.0.1-4711-1795408506.429"))
+    piece = next(p for p in pieces if p["peerPort"] == here.uploader_address()[1])
     size, num = piece["pieceSize"], piece["pieceNum"]
     answer = ask((piece["peerIp"], piece["peerPort"]), "GET", piece["path"],
                  headers={"Range": "bytes=" + piece["range"], "pieceNum": str(num), "pieceSize": str(size)})
     content = data[num * (size - 5):(num + 1) * (size - 5)]
     assert answer.status == 206
     assert answer.body == (len(content) | size << 4).to_bytes(4, "big") + content + b"\x7f"
-
-
-def pieces_of(node, url):
-    """All piece tasks that an old client is offered, peers' ones first as the supernode chooses."""
-    cid = "127.0.0.1-4711-1795408506.429"
-    task = node.ask("POST", "/peer/registry", {
-        "superNodeIp": "127.0.0.1", "rawUrl": url, "taskUrl": url, "cid": cid, "ip": "127.0.0.1", "hostName": "old", "port": 0,
-        "path": "/peer/file/old-4711-1795408506.429"}).json["data"]["taskId"]
-    pieces, report = [], "status=700&result=502&dstCid=&range="
-    while True:
-        answer = node.ask("GET", "/peer/task?srcCid=%s&taskId=%s&%s" % (cid, task, report)).json
-        if answer["code"] != 601:
-            return pieces
-        for piece in answer["data"]:
-            pieces.append(piece)
-            report = "status=701&result=503&dstCid=%s&range=%s" % (piece["cid"], piece["range"])
-            node.ask("GET", "/peer/piece/suc?taskId=%s&cid=%s&dstCid=%s&pieceRange=%s" % (task, cid, piece["cid"], piece["range"]))
 
 
 def test_nothing_is_left_in_the_home_after_expiry(origin, supernode, host, blob):

@@ -105,18 +105,42 @@ def hand():
     return hands.Hand
 
 
+class Dfget:
+    """dfly.py through a link named dfget, always with the same home; `many` runs several downloads at a time."""
+
+    AT_ONCE = 8
+
+    def __init__(self, world):
+        self._world, self._count = world, 0
+        self._link = os.path.join(world.root, "dfget")
+        os.symlink(worlds.DFLY, self._link)
+        self._home = world.host("dfget-home").home
+
+    def start(self, url, *flags, node=None):
+        """Start a download to a new file."""
+        self._count += 1
+        out = os.path.join(self._world.root, "dfget-%d.out" % self._count)
+        argv = [self._world.python, self._link, "-u", url, "-o", out, "--home", self._home, "--ip", "127.0.0.1"]
+        argv += ["--node", node] if node else []
+        return worlds.Command(self._world, "dfget", argv + list(flags), out)
+
+    def __call__(self, url, *flags, node=None, timeout=60):
+        """Download; return an Outcome."""
+        return self.start(url, *flags, node=node).wait(timeout)
+
+    def many(self, url, nodes, *flags, timeout=60):
+        """Download once through each node; yield (node, Outcome)."""
+        running = []
+        for node in nodes:
+            running.append((node, self.start(url, *flags, node=node.node)))
+            if len(running) == self.AT_ONCE:
+                first, command = running.pop(0)
+                yield first, command.wait(timeout)
+        for node, command in running:
+            yield node, command.wait(timeout)
+
+
 @pytest.fixture
 def dfget(world):
-    """`dfget(*args)`: run dfly.py through a link named dfget; the output is <root>/dfget.out."""
-    link = os.path.join(world.root, "dfget")
-    os.symlink(worlds.DFLY, link)
-    out = os.path.join(world.root, "dfget.out")
-
-    home = world.host("dfget-home").home
-
-    def run(url, *flags, node=None, timeout=60):
-        if os.path.exists(out):
-            os.remove(out)
-        argv = [world.python, link, "-u", url, "-o", out, "--home", home, "--ip", "127.0.0.1"] + (["--node", node] if node else [])
-        return worlds.Command(world, "dfget", argv + list(flags), out).wait(timeout)
-    return run
+    """`dfget(url, *flags, node=None)`: run dfly.py through a link named dfget."""
+    return Dfget(world)

@@ -77,7 +77,7 @@ def test_a_second_get_of_an_empty_file_does_not_stall_on_1_0_6(old, host, origin
     url = origin.put("empty", b"")
     node = old.node("sn1")
     host("a").get(url, node=node.node, check=b"")
-    host("b").get(url, node=node.node, check=b"", timeout=40)
+    host("b").get(url, "-e", "3s", node=node.node, check=b"", timeout=40)
 
 
 def test_the_source_pattern(old, host, origin, blob):
@@ -148,24 +148,44 @@ def test_a_login_behind_1_0_6(old, host, origin, blob):
     assert host("b").get(origin.put("g", data, auth="Basic x"), "--header", "Authorization: Basic x", node=node.node, check=data).reason == 0
 
 
+def each(old, data, kind, answers, **how):
+    """Return scripted supernodes, one an answer, which stands in `label`."""
+    nodes = []
+    for answer in answers:
+        node = old.node("fake", data, script={kind: answer if isinstance(answer, list) else [answer]}, **how)
+        node.label = getattr(answer, "__name__", repr(answer))
+        nodes.append(node)
+    return nodes
+
+
+def right(label, result, data, *reasons):
+    """Assert that a download succeeded, and why it came from where."""
+    try:
+        good(result, data)
+        assert not reasons or result.reason in reasons, result.out
+    except AssertionError as error:
+        raise AssertionError("after %s: %s" % (label, error))
+
+
 # -- scripted answers to register ------------------------------------------------------------------
 def fetched(origin, name="f.bin"):
     """Tell whether somebody asked the origin; the scripted supernode never does."""
     return bool(origin.requests(name)) or bool(origin.requests(name, "HEAD"))
 
 
-@pytest.mark.parametrize("answer", [500, 501, 502, 603, 604, 605, 606, 610, 611, 612, 999, {"code": 200}, {"code": 200, "data": None},
-                                    {"code": 200, "data": {}}, {"code": 200, "data": []}, {"code": 200, "data": {"taskId": "x", "fileLength": "7", "pieceSize": None}},
-                                    {"code": 200, "data": {"taskId": 5, "fileLength": 7, "pieceSize": -1}}, {"code": "200"}, {}, (500, {"code": 500, "message": "boom"}),
-                                    (404, b"nope"), (200, b""), (200, b"{"), (200, b"[]"), (200, b"null"), (302, b""), b"garbage\r\n\r\n", "close",
-                                    b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{\"code\":200}"],
-                         ids=lambda a: str(a)[:40])
-def test_a_register_that_fails_goes_to_the_source_with_reason_1(old, dfget, origin, blob, answer):
+NO_REGISTER = [500, 501, 502, 603, 604, 605, 606, 610, 611, 612, 999, {"code": 200}, {"code": 200, "data": None},
+               {"code": 200, "data": {}}, {"code": 200, "data": []}, {"code": 200, "data": {"taskId": "x", "fileLength": "7", "pieceSize": None}},
+               {"code": 200, "data": {"taskId": 5, "fileLength": 7, "pieceSize": -1}}, {"code": "200"}, {}, (500, {"code": 500, "message": "boom"}),
+               (404, b"nope"), (200, b""), (200, b"{"), (200, b"[]"), (200, b"null"), (302, b""), b"garbage\r\n\r\n", "close",
+               b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{\"code\":200}"]
+
+
+def test_a_register_that_fails_goes_to_the_source_with_reason_1(old, dfget, origin, blob):
     """Wire: 1.6"""
     data = blob(300000)
     url = origin.put("f.bin", data)
-    result = good(dfget(url, node=old.node("fake", data, script={"register": [answer]}).node, timeout=40), data)
-    assert result.reason == 1, result.out
+    for node, result in dfget.many(url, each(old, data, "register", NO_REGISTER)):
+        right(node.label, result, data, 1)
 
 
 def test_a_failing_register_moves_to_the_next_node(old, dfget, origin, blob):
@@ -247,15 +267,16 @@ def test_missing_cdn_source_means_supernode(old, dfget, origin, blob):
 
 
 # -- scripted answers to pull ----------------------------------------------------------------------
-@pytest.mark.parametrize("answer", [500, 501, 502, 604, 605, 606, 607, 608, 609, 610, 611, 612, 999, (500, {"code": 500, "message": "x"}), (200, b"{"), (200, b""),
-                                    (404, b""), "close", b"garbage\r\n\r\n", {}, {"code": "601"}], ids=lambda a: str(a)[:40])
-def test_a_pull_that_fails_goes_to_the_source_with_reason_3(old, dfget, origin, blob, answer):
+NO_PULL = [500, 501, 502, 604, 605, 606, 607, 608, 609, 610, 611, 612, 999, (500, {"code": 500, "message": "x"}), (200, b"{"), (200, b""),
+           (404, b""), "close", b"garbage\r\n\r\n", {}, {"code": "601"}, {"code": None}, (200, b"[]"), (200, b"null")]
+
+
+def test_a_pull_that_fails_goes_to_the_source_with_reason_3(old, dfget, origin, blob):
     """Wire: 3.5, one node: nothing is left to migrate to."""
     data = blob(300000)
     url = origin.put("f.bin", data)
-    node = old.node("fake", data, script={"pull": [answer]})
-    result = good(dfget(url, node=node.node, timeout=40), data)
-    assert result.reason == 3, result.out
+    for node, result in dfget.many(url, each(old, data, "pull", NO_PULL)):
+        right(node.label, result, data, 3)
 
 
 def test_a_failing_pull_migrates_and_keeps_its_pieces(old, dfget, origin, blob):
@@ -272,14 +293,16 @@ def test_a_failing_pull_migrates_and_keeps_its_pieces(old, dfget, origin, blob):
     assert not fetched(origin)
 
 
-@pytest.mark.parametrize("answer", [603, 200, {"code": 601}, {"code": 601, "data": None}, {"code": 601, "data": []}], ids=lambda a: str(a)[:40])
-def test_an_answer_with_nothing_in_it_does_not_stall_the_download(old, dfget, origin, blob, answer):
+def test_an_answer_with_nothing_in_it_does_not_stall_the_download(old, dfget, origin, blob):
     """Wire: 3.5: both old clients idle until their timeout; ours goes on (once) or elsewhere (for good)."""
     data = blob(300000)
     url = origin.put("f.bin", data)
-    assert good(dfget(url, node=old.node("fake", data, script={"pull": [answer, GOOD]}).node, timeout=30), data).seconds < 20
-    result = good(dfget(url, "-e", "3s", node=old.node("fake", data, script={"pull": [answer]}).node, timeout=50), data)
-    assert result.seconds < 40
+    answers = [603, 200, {"code": 601}, {"code": 601, "data": None}, {"code": 601, "data": []}]
+    for node, result in dfget.many(url, each(old, data, "pull", [[answer, GOOD] for answer in answers])):
+        right(node.label, result, data)
+    for node, result in dfget.many(url, each(old, data, "pull", answers), "-e", "3s"):
+        right(node.label, result, data)
+        assert result.seconds < 30
 
 
 def test_602_is_waited_for(old, dfget, origin, blob):
@@ -300,27 +323,30 @@ def test_602_for_ever_ends(old, dfget, origin, blob):
     assert result.seconds < 30
 
 
-@pytest.mark.parametrize("data_600", [{"md5": "", "fileLength": 0}, {"md5": hashlib.md5(b"").hexdigest(), "fileLength": 5}, None, {}, [], "x"], ids=str)
-def test_a_600_that_comes_too_early_is_not_believed(old, dfget, origin, blob, data_600):
+def test_a_600_that_comes_too_early_is_not_believed(old, dfget, origin, blob):
     """Fault 19; wire: 3.5"""
     data = blob(9 * MIB)
     url = origin.put("f.bin", data)
-    for script in ([{"code": 600, "data": data_600}], [GOOD, {"code": 600, "data": data_600}], [GOOD, {"code": 600}]):
-        result = dfget(url, node=old.node("fake", data, script={"pull": script}).node, timeout=40)
-        good(result, data)
+    scripts = [[GOOD, {"code": 600}]]
+    for finish in ({"md5": "", "fileLength": 0}, {"md5": hashlib.md5(b"").hexdigest(), "fileLength": 5}, None, {}, [], "x"):
+        scripts += [[{"code": 600, "data": finish}], [GOOD, {"code": 600, "data": finish}]]
+    for node, result in dfget.many(url, each(old, data, "pull", scripts)):
+        right(node.label, result, data)
 
 
-@pytest.mark.parametrize("finish", [{"code": 600}, {"code": 600, "data": None}, {"code": 600, "data": {"md5": "", "fileLength": 1}}, {"code": 600, "data": {}}], ids=str)
-def test_a_600_without_a_digest_is_taken_when_all_is_here(old, dfget, origin, blob, finish):
-    """Faults 20: no crash."""
+def test_a_600_without_a_digest_is_taken_when_all_is_here(old, dfget, origin, blob):
+    """Fault 20: no crash."""
     data = blob(300000)
     url = origin.put("f.bin", data)
 
-    def last(request, honest):
-        status, answer = honest()
-        return finish if answer["code"] == 600 else answer
-    result = good(dfget(url, node=old.node("fake", data, script={"pull": [last]}).node, timeout=40), data)
-    assert result.reason in (0, 3)
+    def last(finish):
+        def answer(request, honest):
+            _status, truth = honest()
+            return finish if truth["code"] == 600 else truth
+        return answer
+    finishes = [{"code": 600}, {"code": 600, "data": None}, {"code": 600, "data": {"md5": "", "fileLength": 1}}, {"code": 600, "data": {}}]
+    for _node, result in dfget.many(url, each(old, data, "pull", [last(f) for f in finishes])):
+        right("an odd 600", result, data, 0, 3)
 
 
 def test_a_600_with_another_md5_never_makes_a_file_from_the_swarm(old, dfget, origin, blob):
@@ -376,31 +402,28 @@ def lengthened(request, honest):
     return status, body + b"x", headers
 
 
-@pytest.mark.parametrize("answer", [404, 416, 500, 403, 503, 301, "close", spoiled, headless, shortened, lengthened],
-                         ids=lambda a: getattr(a, "__name__", str(a)))
-def test_a_bad_piece_is_reported_and_fetched_again(old, dfget, origin, blob, answer):
+def test_a_bad_piece_is_reported_and_fetched_again(old, dfget, origin, blob):
     """Wire: 5.3"""
     data = blob(5 * MIB)
     url = origin.put("f.bin", data)
-    node = old.node("fake", data, script={"cdn": [answer, GOOD]}, load_reset_s=0.5)
-    assert good(dfget(url, node=node.node, timeout=40), data).reason == 0
-    if answer not in (headless, lengthened):  # harmless: the content is right
-        assert any(r.path == "/peer/task" and r.query.get("result") == "500" for r in node.log), "the failure was not reported"
-    if answer == 404 or callable(answer):
-        errors = [r.query["errorType"] for r in node.log if r.path == "/peer/piece/error"]
-        assert errors in (["FILE_NOT_EXIST"], ["FILE_MD5_NOT_MATCH"], []), errors
+    answers = [404, 416, 500, 403, 503, 301, "close", spoiled, headless, shortened, lengthened]
+    for node, result in dfget.many(url, each(old, data, "cdn", [[answer, GOOD] for answer in answers], load_reset_s=0.5)):
+        answer = node.script["cdn"][0]
+        right(answer, result, data, 0)
+        if answer not in (headless, lengthened):  # harmless: the content is right
+            assert any(r.path == "/peer/task" and r.query.get("result") == "500" for r in node.log), "%s was not reported" % answer
+        errors = {r.query["errorType"] for r in node.log if r.path == "/peer/piece/error"}
+        assert errors <= {"FILE_NOT_EXIST", "FILE_MD5_NOT_MATCH"}, errors
     assert not fetched(origin)
 
 
-@pytest.mark.parametrize("answer", [404, 500, spoiled, shortened], ids=lambda a: getattr(a, "__name__", str(a)))
-def test_a_source_that_fails_for_ever_is_given_up_without_a_storm(old, dfget, origin, blob, answer):
+def test_a_source_that_fails_for_ever_is_given_up_without_a_storm(old, dfget, origin, blob):
     """Fault 18: 17 requests a second, for ever."""
     data = blob(300000)
     url = origin.put("f.bin", data)
-    node = old.node("fake", data, script={"cdn": [answer]}, load_reset_s=0.1)
-    result = good(dfget(url, "-e", "6s", node=node.node, timeout=60), data)
-    assert result.reason in (0, 3), result.out
-    assert len(node.cdn_log) <= 40, "%d requests in %.1f s" % (len(node.cdn_log), result.seconds)
+    for node, result in dfget.many(url, each(old, data, "cdn", [404, 500, spoiled, shortened], load_reset_s=0.1), "-e", "6s"):
+        right(node.label, result, data, 0, 3)
+        assert len(node.cdn_log) <= 40, "%s: %d requests in %.1f s" % (node.label, len(node.cdn_log), result.seconds)
 
 
 def test_200_instead_of_206_and_no_content_range_are_fine(old, dfget, origin, blob):
@@ -411,31 +434,35 @@ def test_200_instead_of_206_and_no_content_range_are_fine(old, dfget, origin, bl
     assert good(dfget(url, node=node.node), data).reason == 0
 
 
-@pytest.mark.parametrize("change", [dict(downLink="20480"), dict(pieceMd5="0" * 32 + ":9"), dict(pieceMd5="junk"), dict(pieceMd5=""), dict(pieceNum=-1),
-                                    dict(pieceNum=7), dict(range="junk"), dict(range="9-1"), dict(pieceSize=0), dict(pieceSize=1), dict(path=""), dict(path="x"),
-                                    dict(peerIp=""), dict(peerIp="not an ip"), dict(peerPort=0), dict(peerPort=-1), dict(peerPort=99999), dict(peerPort="x"),
-                                    dict(cid=None), dict(pieceNum="x"), dict(path="http://127.0.0.1:9/x")], ids=str)
-def test_piece_tasks_that_make_no_sense_never_make_a_wrong_file(old, dfget, origin, blob, change):
+ODD_TASKS = [dict(downLink="20480"), dict(pieceMd5="0" * 32 + ":9"), dict(pieceMd5="junk"), dict(pieceMd5=""), dict(pieceNum=-1), dict(pieceNum=7),
+             dict(range="junk"), dict(range="9-1"), dict(pieceSize=0), dict(pieceSize=1), dict(path=""), dict(path="x"), dict(peerIp=""),
+             dict(peerIp="not an ip"), dict(peerPort=0), dict(peerPort=-1), dict(peerPort=99999), dict(peerPort="x"), dict(cid=None), dict(pieceNum="x"),
+             dict(path="http://127.0.0.1:9/x"), dict(path="/x\r\nX: y"), dict(peerIp="::1")]
+
+
+def test_piece_tasks_that_make_no_sense_never_make_a_wrong_file(old, dfget, origin, blob):
     """Security: whatever a supernode hands out, the file is right or there is none."""
     data = blob(300000)
     url = origin.put("f.bin", data)
 
-    def odd(request, honest):
-        status, answer = honest()
-        for task in answer.get("data") or ():
-            if isinstance(task, dict) and "range" in task:
+    def odd(change):
+        def answer(request, honest):
+            _status, truth = honest()
+            for task in truth["data"] if isinstance(truth.get("data"), list) else ():
                 task.update(change)
+            return truth
+        answer.__name__ = repr(change)
         return answer
-    result = dfget(url, "-e", "3s", node=old.node("fake", data, script={"pull": [odd]}, load_reset_s=0.1).node, timeout=60)
-    good(result, data)
+    for node, result in dfget.many(url, each(old, data, "pull", [odd(change) for change in ODD_TASKS], load_reset_s=0.1), "-e", "3s"):
+        right(node.label, result, data)
 
 
 def test_a_task_that_is_not_a_list_of_objects(old, dfget, origin, blob):
     data = blob(300000)
     url = origin.put("f.bin", data)
-    for junk in ([1, 2], {"a": 1}, "x", [[]], [None], [{}]):
-        node = old.node("fake", data, script={"pull": [{"code": 601, "data": junk}]})
-        good(dfget(url, "-e", "3s", node=node.node, timeout=60), data)
+    answers = [{"code": 601, "data": junk} for junk in ([1, 2], {"a": 1}, "x", [[]], [None], [{}], 5)]
+    for node, result in dfget.many(url, each(old, data, "pull", answers), "-e", "3s"):
+        right(node.label, result, data)
 
 
 def test_running_pieces_listed_again_are_fetched_once(old, dfget, origin, blob):

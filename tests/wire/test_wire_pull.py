@@ -227,7 +227,7 @@ def test_a_client_with_port_0_is_never_offered(supernode, hand, origin, blob):
     """Fault 15; checklist 14 (11)."""
     node = supernode()
     first = hand(node, port=0)
-    assert first.cid not in offers(share(first, node, hand, origin.put("f.bin", blob(3 * MIB))))
+    assert first.cid not in offers(share(first, node, hand, origin.put("f.bin", blob(MIB))))
 
 
 def test_service_down_takes_a_client_out_at_once(supernode, hand, origin, blob):
@@ -246,9 +246,9 @@ def test_a_provider_that_always_fails_is_left_alone_in_the_end(supernode, hand, 
     """Fault 16: 1.0.6 offers a broken peer for ever."""
     node = supernode()
     first = hand(node, ip="127.0.0.7", port=15999)
-    url = origin.put("f.bin", blob(3 * MIB))
+    url = origin.put("f.bin", blob(MIB))
     share(first, node, hand, url)
-    offered = 0
+    offered = False
     for _ in range(8):
         client = hand(node)
         client.join(url)
