@@ -675,7 +675,7 @@ class TokenBucket:
     than BURST_S after a pause.  _lock guards _rate and _paid_at.
     """
 
-    BURST_S = 0.05
+    BURST_S = 0.25
 
     def __init__(self, rate: int = 0, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
         self._lock = threading.Lock()
@@ -1500,6 +1500,13 @@ class HttpLink:
         """Hang up."""
         self.sock.close()
 
+    def interrupt(self) -> None:
+        """Wake a thread that waits on this connection, with an error."""
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:  # it is closed already
+            pass
+
     def send(self, method: str, target: str, headers: Any = (), body: bytes = b"") -> None:
         """Send a request.  Raises NetworkError."""
         lines = ["%s %s HTTP/1.1" % (method, target), "Host: " + str(self)]
@@ -2030,10 +2037,12 @@ FORBIDDEN_NETWORKS = ("169.254.", "fe80:", "::ffff:169.254.")
 class Origin:
     """A URL with everything needed to ask for it.  Immutable; used by any thread."""
 
-    TIMEOUT_S = 30.0  # without a byte
+    TIMEOUT_S = 30.0
 
-    def __init__(self, url: str, headers: Any = (), insecure: bool = False, cacerts: Any = (), guarded: bool = False) -> None:
+    def __init__(self, url: str, headers: Any = (), insecure: bool = False, cacerts: Any = (), guarded: bool = False,
+                 timeout_s: float = TIMEOUT_S) -> None:
         self.url = url
+        self.timeout_s = timeout_s  # without a byte
         self.headers = collections.OrderedDict()  # type: Dict[str, str]
         for name, value in headers:
             known = next((k for k in self.headers if k.lower() == name.lower()), name)
@@ -2075,7 +2084,7 @@ class Origin:
             stop = self.base + end if end is not None else self.limit
             request.add_header("Range", "bytes=%d-%s" % (self.base + start, "" if stop is None else stop - 1))
         try:
-            response = self._opener(urllib.request, ssl).open(request, timeout=self.TIMEOUT_S)
+            response = self._opener(urllib.request, ssl).open(request, timeout=self.timeout_s)
         except urllib.error.HTTPError as error:
             error.close()
             if error.code == 304:
@@ -2092,7 +2101,7 @@ class Origin:
 
     def _failure(self, reason: Any, ssl: Any) -> DflyError:
         if isinstance(reason, socket.timeout) or "timed out" in str(reason):
-            return SourceError("%s: the origin does not answer within %d s" % (self.url, self.TIMEOUT_S))
+            return SourceError("%s: the origin does not answer within %g s" % (self.url, self.timeout_s))
         if isinstance(reason, (ssl.SSLError, ssl.CertificateError)):
             return TlsError("%s: %s" % (self.url, getattr(reason, "verify_message", "") or getattr(reason, "reason", "") or reason))
         return SourceError("%s: %s" % (self.url, getattr(reason, "strerror", None) or reason or type(reason).__name__))
@@ -2182,7 +2191,7 @@ class OriginReply:
         try:
             return self._response.readinto(view)
         except socket.timeout:
-            raise SourceError("%s: the origin has been silent for %d s" % (self._origin.url, self._origin.TIMEOUT_S))
+            raise SourceError("%s: the origin has been silent for %g s" % (self._origin.url, self._origin.timeout_s))
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise SourceError("%s: %s" % (self._origin.url, getattr(error, "strerror", None) or error or type(error).__name__))
 
@@ -2258,8 +2267,10 @@ class Filler:
             except (NeedAuth, SourceChanged):
                 raise
             except SourceError as error:
+                if self._stopped():
+                    raise Stalled(str(error))
                 failures = failures + 1 if self.read_bytes == before else 1
-                if failures >= self.TRIES or error.status in (403, 404, 410, 416) or self._stopped():
+                if failures >= self.TRIES or error.status in (403, 404, 410, 416):
                     raise
                 self._sleep(self.PAUSE_S * 2 ** (failures - 1))
 
@@ -2788,7 +2799,7 @@ class Scheduler:
 
     def _blame(self, peer: _Peer, holder: Optional[_Peer], cid: str, why: str, now: float) -> None:
         """Draw the conclusions from a failure."""
-        peer.blocked[cid] = now + (1.0 if why == OTHER else self.SUSPEND_S if why in (GONE, STALLED) else self.ISOLATE_S)
+        peer.blocked[cid] = now + (1.0 if why == OTHER else self.SUSPEND_S if why == GONE else self.ISOLATE_S)
         if not holder:
             return
         holder.accusers[peer.cid] = holder.accusers.get(peer.cid, 0) + 1
@@ -2797,9 +2808,10 @@ class Scheduler:
             if len(peer.accused) > 3:  # who finds everybody wrong is wrong himself
                 return
         reports, accusers = sum(holder.accusers.values()), len(holder.accusers)
-        if why == REFUSED:
+        if why in (REFUSED, STALLED):
             holder.suspended_until = max(holder.suspended_until, now + self.SUSPEND_S)
-        if (accusers >= 2 and why in (REFUSED, WRONG_BYTES)) or reports >= (3 if why in (REFUSED, WRONG_BYTES) else 6):
+        plain = why in (REFUSED, STALLED, WRONG_BYTES)  # the others happen to good holders, too
+        if (accusers >= 2 and plain) or reports >= (3 if plain else 6):
             holder.suspended_until = now + self.ISOLATE_S * 2 ** min(holder.isolations, 4)
             holder.isolations += 1
             holder.accusers.clear()
@@ -4607,8 +4619,7 @@ def _fork_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: floa
 
 FETCHERS = 3  # pieces under way at once, as many as a peer uploads: where all have as many, the links share out evenly
 AHEAD = 64  # pieces a lone download may have been promised beyond those
-PEER_SILENCE_S = 4.0  # from a peer, before its piece is asked for elsewhere
-PEER_TURN_S = 6.0  # until a peer begins to send, plus the time that a few pieces take at 2 MB/s
+PEER_SILENCE_S = 3.0  # from a peer, before its piece is asked for elsewhere
 SEED_SILENCE_S = 30.0  # from a supernode, which holds a request until the origin has sent that far
 STALL_S = 5.0  # without a byte, before the reason is printed
 CHUNK = 1 << 18  # bytes received and digested at once: they are still in the cache when they are written
@@ -4666,6 +4677,7 @@ class Fetchers:
         self.received = 0  # bytes, good or bad, to see whether anything moves
         self._lock = threading.Lock()
         self._claims = {}  # type: Dict[int, Tuple[threading.Lock, List[Any]]]  # who may write a piece
+        self._open_links = set()  # type: Set[HttpLink]  # in use now
         self._queue = queue.Queue()  # type: queue.Queue
         self._left = 0  # orders put and not ended
         self._stopping = False
@@ -4706,8 +4718,11 @@ class Fetchers:
         return [self.outcomes.popleft() for _ in range(len(self.outcomes))]
 
     def stop(self) -> None:
-        """End the threads."""
+        """End the threads, also those that are waiting for somebody."""
         self._stopping = True
+        with self._lock:
+            for link in self._open_links:
+                link.interrupt()
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
@@ -4769,6 +4784,8 @@ class Fetchers:
             good = True
             return length
         finally:
+            with self._lock:
+                self._open_links.discard(link)
             if good:
                 self._pool.done(link, reply)
             else:
@@ -4779,13 +4796,19 @@ class Fetchers:
         while True:
             link = self._pool.link(order.host, order.port)
             kept = not link.fresh
+            with self._lock:
+                self._open_links.add(link)
             try:
-                link.set_timeout(SEED_SILENCE_S if seed else PEER_TURN_S + self._store.layout.size / 5e5)
+                if self._stopping:
+                    raise NetworkError("the download ends")
+                link.set_timeout(SEED_SILENCE_S if seed else PEER_SILENCE_S)
                 link.send("GET", target, headers)
                 return link, link.reply()
             except NetworkError as error:
+                with self._lock:
+                    self._open_links.discard(link)
                 link.close()
-                if not kept or isinstance(error, TimedOut):
+                if not kept or self._stopping or isinstance(error, TimedOut):
                     raise
 
     @staticmethod
@@ -5145,7 +5168,7 @@ class PullLine:
             if self._store.have == (1 << count) - 1:
                 self._store.set_length((count - 1) * layout.stride + self._store_length(count - 1))
         if not self._store.complete:
-            raise Migrate("supernode %s says that the download is finished, but pieces are missing" % self._node)
+            raise Migrate("supernode %s says that the download is finished, but pieces are missing" % str(self._node))
         self.finished = True
 
     def _store_length(self, num: int) -> int:
@@ -5227,7 +5250,8 @@ class Download:
         self.log = Log(os.path.join(self.home, "logs", "dfclient.log"), self.sign, options.verbose, options.console)
         self.url = options.url
         self.headers = parse_headers(options.header)
-        self.origin = Origin(self.url, self.headers, options.insecure, options.cacerts)
+        self.origin = Origin(self.url, self.headers, options.insecure, options.cacerts,
+                             timeout_s=min(Origin.TIMEOUT_S, options.timeout or Origin.TIMEOUT_S))
         self.task_url = filter_url(self.url, options.filter)
         self.task_id = task_id_of(self.task_url, options.md5, options.identifier, self.origin.header("range"))
         self.target = self._target()
@@ -5289,12 +5313,12 @@ class Download:
             return
         try:
             self._from_swarm()
-        except (NoSpace, CannotWrite, NeedAuth):
+        except (NoSpace, CannotWrite):
             raise
         except DflyError as error:
             self.reason = self.reason or error.reason
             self.log.warn("%s", error)
-            if self.options.notbs:
+            if self.options.notbs or isinstance(error, NeedAuth):
                 raise FinalFailure(error, self.reason + REASON_NO_SOURCE)
             self.progress.line("failed to download by dragonfly: %s, and start try to download from source" % error)
             self._from_source()
@@ -5333,7 +5357,7 @@ class Download:
                 last, self.reason = error, self.reason or REASON_REGISTER
                 continue
             if last is not None and self.store is not None:
-                self.progress.line("migrated to node:%s" % node)
+                self.progress.line("migrated to node:%s" % str(node))
             try:
                 self.reason = REASON_NONE
                 self._swarm(registration)
@@ -5526,8 +5550,9 @@ class Download:
                 self.store.close()
             self.store = TaskFile.create(self._data, self._journal, about, length, size)
         self.store.need_space()
-        if self.options.md5 and not self._md5:
-            self._md5 = Md5Follower(self.store)
+        if self._md5:
+            self._md5.stop()
+        self._md5 = Md5Follower(self.store) if self.options.md5 else None
 
     def _fits(self, store: TaskFile, length: Optional[int], size: int, version: str) -> bool:
         """Return whether kept pieces may be pieces of this file.  Where no version is known, the whole-file digest of
@@ -5610,8 +5635,8 @@ class Download:
         filler = Filler(self.origin, self.store, self.bucket, lambda num: self._source_piece(filler, start), stopped=self._late)
         try:
             filler.fill(first)
-        except Stalled:
-            raise Stalled("not finished within the %s allowed" % show_time(self.options.timeout))
+        except Stalled as error:
+            raise Stalled("not finished within the %s allowed: %s" % (show_time(self.options.timeout), error))
         finally:
             self.bytes["origin"] += filler.read_bytes
         self._settle_source()
@@ -5640,9 +5665,10 @@ class Download:
         """Print the original's last line, and ours that explains the download.  Wire: 8.3"""
         cost = self._clock() - self.began
         if failure:
+            auth = isinstance(failure.cause, NeedAuth)
             self.progress.line("download FAIL(%d) cost:%.3fs length:%s reason:%d error:%s" % (
-                1100 + (3 if failure.old_exit == 79 else 4), cost, self._length(), failure.reason,
-                json.dumps({"Code": 1100 + (3 if failure.old_exit == 79 else 4), "Msg": str(failure)})))
+                1103 if auth else 1104, cost, self._length(), failure.reason,
+                json.dumps({"Code": NEED_AUTH if auth else 1104, "Msg": str(failure)})))
             return
         length = self._length()
         self.progress.line("download SUCCESS cost:%.3fs length:%d reason:%d" % (cost, length, self.reason))

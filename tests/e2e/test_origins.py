@@ -84,14 +84,14 @@ def test_missing_credentials_have_a_code_of_their_own(origin, supernode, host, b
 def test_an_origin_that_refuses_is_named_with_its_status(origin, supernode, host, blob, status, pattern):
     supernode()
     url = origin.put("f", blob(MB), status=status)
-    result = bad(host().get(url, "-p", pattern, "-e", "20"), 8)
+    result = bad(host().get(url, "-p", pattern, "-e", "8"), 8)
     assert str(status) in result.out, result.out
     assert len(origin.log) <= 12, "a refusal was asked again %d times" % len(origin.log)
 
 
 def test_an_unreachable_origin_is_an_error(supernode, host):
     supernode()
-    result = bad(host().get("http://127.0.0.1:9/f", "-e", "20"), 4, 8)
+    result = bad(host().get("http://127.0.0.1:9/f", "-e", "8"), 4, 8)
     assert "127.0.0.1:9" in result.out, result.out
 
 
@@ -107,7 +107,7 @@ def test_an_origin_that_cuts_the_connection_is_asked_for_the_rest(origin, supern
 def test_an_origin_that_cuts_always_at_one_place_ends_in_an_error(origin, supernode, host, blob):
     supernode()
     url = origin.put("f", blob(SIZE), cut_after=1000, ranges=False)
-    bad(host().get(url, "-e", "20"), 4, 8, 11)
+    bad(host().get(url, "-e", "8"), 4, 8, 11)
 
 
 def test_a_file_that_changes_between_two_downloads_arrives_new(origin, supernode, host, blob):
@@ -136,7 +136,7 @@ def test_https_needs_a_known_certificate(origin_tls, supernode, host, blob, patt
     supernode()
     data = blob(SIZE)
     url = origin_tls.put("f", data)
-    result = bad(host().get(url, "-p", pattern, "-e", "20"), 5)
+    result = bad(host().get(url, "-p", pattern, "-e", "8"), 5)
     assert "certificate" in result.out.lower(), result.out
     host().get(url, "--cacerts", origin_tls.certificate, "-p", pattern, check=data)
     host().get(url, "--insecure", "-p", pattern, check=data)
@@ -146,7 +146,7 @@ def test_an_insecure_download_does_not_make_others_insecure(origin_tls, supernod
     supernode()
     url = origin_tls.put("f", blob(MB))
     host().get(url, "--insecure", check=blob(MB))
-    bad(host().get(origin_tls.put("g", blob(MB)), "-e", "20"), 5)
+    bad(host().get(origin_tls.put("g", blob(MB)), "-e", "8"), 5)
 
 
 def test_ipv6_carries_everything_that_ipv4_does(world, host, blob):
@@ -177,4 +177,4 @@ def test_an_md5_that_the_origin_does_not_match_is_found_even_when_bytes_are_flip
     supernode()
     data = blob(SIZE)
     url = origin.put("f", data, wrong=SIZE // 2)
-    bad(host().get(url, "-m", md5(data), "-e", "20"), 9)
+    bad(host().get(url, "-m", md5(data), "-e", "8"), 9)
