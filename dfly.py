@@ -1006,7 +1006,7 @@ class Server:
         """Make a call whose failure must not end the server."""
         try:
             call()
-        except Exception as error:  # the last frame before the thread: say it and go on
+        except Exception as error:  # noqa: BLE001 the last frame before the thread: say it and go on
             self._log.error("%s: %r", getattr(call, "__name__", call), error)
 
     def _drain(self) -> None:
@@ -1201,7 +1201,7 @@ class Server:
         except DflyError as error:
             self._log.warn("%s %s from %s: %s", request.method, request.path, request.client, error)
             return Response.of_error(error.http, str(error))
-        except Exception as error:  # a fault of ours: the client gets no traceback, the log does
+        except Exception as error:  # noqa: BLE001 a fault of ours: the client gets no traceback, the log does
             import traceback
             self._log.error("%s %s: %s", request.method, request.path, traceback.format_exc())
             return Response.of_error(500, "internal error: %s" % type(error).__name__)
@@ -2243,7 +2243,7 @@ class Filler:
 
         Raises SourceError and its kin, NoSpace, CannotWrite, Stalled when told to stop.
         """
-        for number in range(self.HANDS + 1):
+        for _ in range(self.HANDS + 1):
             self._buffers.put(bytearray(self.store.layout.stride))
         self._threads = [threading.Thread(target=self._hand, name="dfly-fill-%d" % i, daemon=True) for i in range(self.HANDS)]
         for thread in self._threads:
@@ -2259,7 +2259,7 @@ class Filler:
     def _fill(self, first: Optional[OriginReply]) -> None:
         failures = 0
         while not self.store.complete:
-            before = self.read_bytes
+            before = self.store.have
             try:
                 reply = first or self._reopen()
                 first = None
@@ -2269,7 +2269,7 @@ class Filler:
             except SourceError as error:
                 if self._stopped():
                     raise Stalled(str(error))
-                failures = failures + 1 if self.read_bytes == before else 1
+                failures = failures + 1 if self.store.have == before else 1
                 if failures >= self.TRIES or error.status in (403, 404, 410, 416):
                     raise
                 self._sleep(self.PAUSE_S * 2 ** (failures - 1))
@@ -2514,6 +2514,8 @@ class _Peer:
         self.task, self.cid, self.host = task, cid, host
         self.places = places  # wide to narrow: the swarm, its site, its rack
         self.serves, self.legacy, self.seed_only = serves, legacy, seed_only
+        self.counted = serves  # whether its pieces count as held: it serves, and is not suspended
+        self.starved = False  # nobody but the seed could serve it the last time
         self.have = 0  # mask: verified
         self.offers = 0  # mask: servable to others
         self.flights = {}  # type: Dict[int, _Flight]
@@ -2530,6 +2532,7 @@ class _Peer:
         self.suspended_until = 0.0
         self.isolations = 0  # how often it was isolated: each time for longer
         self.seed_retry_at = 0.0
+        self.duration = 0.0  # seconds a fetch takes it, averaged
 
 
 class _Task:
@@ -2561,7 +2564,9 @@ class _Task:
         self.levels[0] |= new
 
     def change(self, peer: _Peer, num: int, change: int) -> None:
-        """Note that `peer` has begun (1) or given up (-1) to have or fetch piece `num`."""
+        """Note that `peer` has begun (1) or given up (-1) to have or fetch piece `num`, if that is of use to others."""
+        if not peer.counted:
+            return
         bit, before = 1 << num, self.swarm.held[num]
         self.levels[_level(before)] &= ~bit
         self.levels[_level(before + change)] |= bit
@@ -2676,8 +2681,7 @@ class Scheduler:
 
     def _remove(self, peer: _Peer, now: float) -> None:
         self._stop_receiving(peer, now)
-        for num in nums_of(peer.have):
-            peer.task.change(peer, num, -1)
+        self._count(peer, False)
         peer.serves, peer.offers = False, 0
         self._index(peer, now)
         peer.host.peers.remove(peer)
@@ -2787,15 +2791,27 @@ class Scheduler:
     def _praise(self, peer: _Peer, holder: Optional[_Peer], flight: Optional[_Flight], seconds: Optional[float], nbytes: Optional[int],
                 now: float) -> None:
         task = peer.task
-        if seconds:
-            task.duration = 0.9 * task.duration + 0.1 * seconds if task.duration else seconds
-        elif flight:
-            task.duration = 0.9 * task.duration + 0.1 * (now - flight.since) if task.duration else now - flight.since
+        took = seconds or (now - flight.since if flight else 0.0)
+        if took:
+            task.duration = 0.9 * task.duration + 0.1 * took if task.duration else took
+            peer.duration = 0.7 * peer.duration + 0.3 * took if peer.duration else took
         if holder:
             holder.accusers.clear()
             if seconds and nbytes:
                 speed = nbytes / seconds
                 holder.host.speed = 0.7 * holder.host.speed + 0.3 * speed if holder.host.speed else speed
+
+    def _count(self, peer: _Peer, counted: bool) -> None:
+        """Have the pieces of a peer count as held, or not."""
+        nums = nums_of(peer.have | peer.asked)
+        if counted and not peer.counted:
+            peer.counted = True
+            for num in nums:
+                peer.task.change(peer, num, 1)
+        elif peer.counted and not counted:
+            for num in nums:
+                peer.task.change(peer, num, -1)
+            peer.counted = False
 
     def _blame(self, peer: _Peer, holder: Optional[_Peer], cid: str, why: str, now: float) -> None:
         """Draw the conclusions from a failure."""
@@ -2815,6 +2831,8 @@ class Scheduler:
             holder.suspended_until = now + self.ISOLATE_S * 2 ** min(holder.isolations, 4)
             holder.isolations += 1
             holder.accusers.clear()
+        if holder.suspended_until > now:
+            self._count(holder, False)
         self._index(holder, now)
 
     def isolated(self, task_id: str, now: float) -> Set[str]:
@@ -2972,9 +2990,21 @@ class Scheduler:
                 self._launch(peer, None, (nums & -nums).bit_length() - 1, now)
                 continue
             best = self._best_holder(peer, now)
-            if not best:
+            if best:
+                peer.starved = False
+                self._launch(peer, best[0], best[1], now)
+            elif not (peer.starved and self._second_copy(peer, now)):
                 return
-            self._launch(peer, best[0], best[1], now)
+
+    def _second_copy(self, peer: _Peer, now: float) -> bool:
+        """Give a receiver that nobody else can serve a piece from the seed, if that has a spare slot."""
+        task = peer.task
+        nums = task.seeded & ~peer.have & ~peer.asked
+        if not nums or task.seed_uploads >= self._seed_slots + self.SPARE_SEED_SLOTS or now < peer.seed_retry_at:
+            return False
+        peer.starved = True
+        self._launch(peer, None, self._first(task, nums), now)
+        return True
 
     def _best_holder(self, peer: _Peer, now: float) -> Optional[Tuple[_Peer, int]]:
         """Return the nearest free holder of something rare: same rack, same site, anywhere; the faster one of two."""
@@ -2997,7 +3027,9 @@ class Scheduler:
         task = peer.task
         if peer.room <= 0:
             return
-        count = min(peer.room + peer.queue, peer.batch + peer.room)
+        count = min(peer.room + peer.queue, peer.batch + peer.room) - sum(not flight.slot for flight in peer.flights.values())
+        if count <= 0:
+            return
         peer.batch *= 2
         wanted = (task.all if task.count is not None else task.seeded) & ~peer.have & ~peer.asked
         holders = [h for h in task.swarm.idle.draw(self.SAMPLE, self._rng) if h is not peer and peer.blocked.get(h.cid, 0) <= now]
@@ -3018,14 +3050,14 @@ class Scheduler:
     def tick(self, now: float) -> None:
         """A few times a second: what is late, who starves, who is forgiven."""
         for task in self._tasks.values():
-            late = self.LATE * task.duration + self.LATE_S
             for peer in list(task.peers.values()):
-                if peer.isolations and 0 < peer.suspended_until <= now:
+                if 0 < peer.suspended_until <= now:
                     peer.suspended_until = 0.0
+                    self._count(peer, peer.serves)
                     self._index(peer, now)
                     self._use(peer, now)
                 if peer.receiving:
-                    self._look_after(peer, late, now)
+                    self._look_after(peer, self.LATE * max(task.duration, peer.duration) + self.LATE_S, now)
             self._feed(task, now)
 
     def _look_after(self, peer: _Peer, late: float, now: float) -> None:
@@ -3043,9 +3075,8 @@ class Scheduler:
             peer.idle_since = peer.idle_since if peer.idle_since is not None else now
             self._serve(peer, now)
             starving = now - peer.idle_since > max(self.STARVE_S, 6 * task.duration) if peer.idle_since is not None else False
-            nums = task.seeded & ~peer.have & ~peer.asked
-            if starving and nums and task.seed_uploads < self._seed_slots + self.SPARE_SEED_SLOTS and now >= peer.seed_retry_at:
-                self._launch(peer, None, task.rarest(nums, self._rng), now)
+            if starving and self._second_copy(peer, now):
+                self._serve(peer, now)
         elif peer.room > 0:
             self._serve(peer, now)
         self._index(peer, now)
@@ -3149,6 +3180,7 @@ class CdnTask:
         self.error = None  # type: Optional[DflyError]
         self.store = None  # type: Optional[TaskFile]
         self.ended_at = 0.0  # monotonic
+        self.promised_size = 0  # of pieces, told to somebody before the length was known
         self.version = ""  # names this very copy to peers that resume, also where the origin names none
         self.origin_bytes = 0  # read from the origin, by all fetches
         self._lock = threading.Lock()
@@ -3208,7 +3240,7 @@ class CdnTask:
             self._end(self.SUCCESS, None)
         except DflyError as error:
             self._end(self.FAILED, error)
-        except Exception as error:  # a fault of ours: the peers must learn that nothing more will come
+        except Exception as error:  # noqa: BLE001 a fault of ours: the peers must learn that nothing more will come
             import traceback
             self._cdn.log.error("task %s: %s", self.task_id, traceback.format_exc())
             self._end(self.FAILED, DflyError("internal error: %s" % type(error).__name__))
@@ -3266,7 +3298,7 @@ class CdnTask:
 
     def _anew(self, origin: Origin, reply: OriginReply) -> None:
         """Fetch the file that `reply` begins."""
-        size = choose_piece_size(reply.length)
+        size = self.promised_size or choose_piece_size(reply.length)
         make_folder(os.path.dirname(self.path))
         about = {"task": self.task_id, "url": self.url, "version": reply.version}
         try:
@@ -3438,14 +3470,12 @@ class Fields:
                 self._lists.setdefault(key.lower(), []).append(value)
         else:
             for key, value in request.json().items():
-                self._lists[key.lower()] = value if isinstance(value, list) else [value]
+                self._lists[key.lower()] = value if isinstance(value, list) else [] if value is None else [value]
 
     def text(self, name: str, limit: int = 8192) -> str:
         """Return a field as text, "" when missing.  Raises BadRequest when it is no text or too long."""
         values = self._lists.get(name.lower(), [])
         value = values[-1] if values else ""
-        if value is None:
-            return ""
         if not isinstance(value, (str, int, float)) or len(str(value)) > limit:
             raise BadRequest("%s: invalid value" % name)
         return str(value)
@@ -3630,7 +3660,7 @@ class Supernode(CdnEvents):
             self._scheduler.tick(now)
             for task in self._tasks.values():
                 for peer in task.peers.values():
-                    limit = 3.0 if peer.gone else 4 * SYNC_WAIT_S if peer.native else self._expire_s
+                    limit = 0.3 if peer.gone else 4 * SYNC_WAIT_S if peer.native else self._expire_s
                     if not peer.finished and now > peer.seen_at + limit:
                         peer.finished = True
                         self._scheduler.leave(task.task_id, peer.cid, now)
@@ -3663,8 +3693,8 @@ class Supernode(CdnEvents):
         if "task" not in request.state:
             try:
                 self._enter(request, Fields(request))
-            except (BadRequest, SourceError) as error:
-                return Response.of_json({"code": error.code, "msg": str(error), "message": str(error)}, 400)
+            except (BadRequest, SourceError) as refusal:
+                return Response.of_json({"code": refusal.code, "msg": str(refusal), "message": str(refusal)}, 400)
         task, peer = request.state["task"], request.state["peer"]
         error = self._auth_error(task, request.state["origin"])
         if error is None and task.cdn.state == CdnTask.FAILED:
@@ -3788,7 +3818,9 @@ class Supernode(CdnEvents):
     def _registered(self, task: SwarmTask, peer: Peer, request: Request) -> Response:
         store = task.cdn.store
         length = store.layout.length if store else None
-        size = store.layout.size if store else MIB
+        if not store and not task.cdn.promised_size:
+            task.cdn.promised_size = MIB
+        size = store.layout.size if store else task.cdn.promised_size
         data = {"taskId": task.task_id, "fileLength": -1 if length is None else length, "pieceSize": size,
                 "cdnSource": "supernode", "asSeed": False, "seedTaskID": ""}  # type: Dict[str, Any]
         if peer.native:
@@ -4550,7 +4582,7 @@ def run_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: float,
     uploader.serve(public, control)
     log.info("uploader of %s on port %d", home, uploader.port)
     on_ready(uploader.port)
-    while not uploader.ended.wait(3600):  # a limit only so that signals are seen on old Pythons
+    while not uploader.ended.wait(0.5):  # a signal that comes just before the wait would else be seen after it
         pass
     control.stop()
     remove(path)
@@ -4580,6 +4612,11 @@ def start_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: floa
     return answer["port"] if answer and answer.get("version") == VERSION else 0
 
 
+def _tell_port(fd: int, port: int) -> None:
+    os.write(fd, b"%d" % port)
+    os.close(fd)
+
+
 def _fork_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: float, total_limit: int, verbose: bool) -> Optional[Dict[str, Any]]:
     import select
     ready_r, ready_w = os.pipe()
@@ -4595,8 +4632,8 @@ def _fork_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: floa
                 os.dup2(null, fd)
             os.dup2(ready_w, 3)
             os.closerange(4, 4096)
-            run_uploader(home, ip, port, expire_s, alive_s, total_limit, verbose, lambda port: (os.write(3, b"%d" % port), os.close(3)) and None)
-        except BaseException as error:  # nobody above this frame may run in the child
+            run_uploader(home, ip, port, expire_s, alive_s, total_limit, verbose, lambda port: _tell_port(3, port))
+        except BaseException as error:  # noqa: BLE001 nobody above this frame may run in the child
             Log(os.path.join(home, "logs", "dfserver.log"), str(os.getpid())).error("uploader: %r", error)
         finally:
             os._exit(0)
@@ -4682,7 +4719,8 @@ class Fetchers:
         self._left = 0  # orders put and not ended
         self._stopping = False
         self._pool = Pool(PEER_SILENCE_S, 2.0)
-        self._threads = [threading.Thread(target=self._run, name="dfly-get-%d" % i, daemon=True) for i in range(2 * count)]  # the next request leaves before a piece has ended
+        self._threads = [threading.Thread(target=self._run, name="dfly-get-%d" % i, daemon=True)
+                         for i in range(2 * count)]  # twice as many: the next request leaves before a piece has ended
         self._count = count
         self._ending = set()  # type: Set[int]  # pieces whose end has been announced
         for thread in self._threads:
@@ -4742,7 +4780,7 @@ class Fetchers:
             except DflyError as failure:
                 error = failure
                 self._log.warn("piece %d from %s: %s", order.num, join_host(order.host, order.port), failure)
-            except Exception as failure:  # a fault of ours must not leave the download waiting for this piece
+            except Exception as failure:  # noqa: BLE001 a fault of ours must not leave the download waiting for this piece
                 import traceback
                 self._log.error("piece %d: %s", order.num, traceback.format_exc())
                 error = DflyError("internal error: %r" % failure)
@@ -5087,7 +5125,7 @@ class PullLine:
         if code == CONTINUE:
             self._take(answer.get("data") or [])
         elif code == FINISH:
-            self._finish(answer.get("data") or {})
+            self._finish(answer.get("data"))
         else:
             raise Migrate("supernode %s: code %s: %.300s" % (self._node, code, answer.get("msg") or answer.get("message", "")))
 
@@ -5130,6 +5168,8 @@ class PullLine:
 
     def _take(self, pieces: List[Dict[str, Any]]) -> None:
         self.reason = ""
+        if not isinstance(pieces, list):
+            raise Migrate("supernode %s hands out what can't be read: %.200s" % (self._node, pieces))
         for piece in pieces:
             try:
                 order = self._order(piece)
@@ -5159,9 +5199,9 @@ class PullLine:
         self._lengths[num] = int(match.group(2)) - WRAP
         return Order(num, str(piece["cid"]), str(piece["peerIp"]), int(piece["peerPort"]), path, digest, range_text)
 
-    def _finish(self, data: Dict[str, Any]) -> None:
+    def _finish(self, data: Any) -> None:
         """Believe a 600 only when every piece is here.  Wire: 16 (19)"""
-        self.md5 = str(data.get("md5") or "")
+        self.md5 = str(data.get("md5") or "") if isinstance(data, dict) else ""
         layout = self._store.layout
         if layout.length is None and self._lengths:
             count = max(self._lengths) + 1
@@ -5455,8 +5495,9 @@ class Download:
         self._open_store(registration.length, registration.piece_size + (WRAP if registration.plain else 0), registration.version)
         assert self.store
         self._set_deadline(registration.length)
-        if registration.content is not None and not self.store.complete:
-            self._small(registration.content)
+        content = b"" if registration.length == 0 else registration.content
+        if content is not None and not self.store.complete:
+            self._small(content)
             return
         if self.port:
             self._uploader.call("POST", "/adopt", {
@@ -5549,7 +5590,12 @@ class Download:
             if self.store:
                 self.store.close()
             self.store = TaskFile.create(self._data, self._journal, about, length, size)
-        self.store.need_space()
+        try:
+            self.store.need_space()
+        except NoSpace:
+            if not self.store.have:
+                self.store.delete()
+            raise
         if self._md5:
             self._md5.stop()
         self._md5 = Md5Follower(self.store) if self.options.md5 else None
@@ -5905,7 +5951,7 @@ def run_supernode(arguments: List[str]) -> int:
     supernode.serve(api, pieces)
     log.info("supernode %s on %s", VERSION, join_host(ip, api.address[1]))
     print("supernode listening on %s pieces on %s" % (join_host(ip, api.address[1]), join_host(ip, pieces.address[1])), flush=True)
-    while not ended.wait(3600):  # a limit only so that signals are seen on old Pythons
+    while not ended.wait(0.5):  # a signal that comes just before the wait would else be seen after it
         pass
     supernode.stop()
     lock.release()

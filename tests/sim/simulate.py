@@ -152,7 +152,8 @@ class Swarm:
                 self.s.leave("t", peer.name, self.now)
         else:
             room = max(0, self.o.fetchers - self.s.busy("t", peer.name))
-            self.s.request("t", peer.name, room, self.now, queue=64 if room == self.o.fetchers else 0)
+            self.s.request("t", peer.name, room, self.now, 
+                           queue=64 if len(self.s.inflight("t", peer.name)) <= self.o.fetchers else 0)
         self.deliver()
 
     def deliver(self):

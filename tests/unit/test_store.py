@@ -1,0 +1,110 @@
+"""Section 7: what a journal says after any kind of death."""
+import os
+import sys
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+import dfly  # noqa: E402
+
+SIZE = 1 << 10
+LENGTH = 5 * (SIZE - 5) + 100
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return str(tmp_path)
+
+
+def content(num):
+    return bytes((num * 7 + i) % 251 for i in range(dfly.Layout(LENGTH, SIZE).content_range(num)[1]))
+
+
+def put(store, num):
+    digest = dfly.PieceDigest(reread=True)
+    digest.update(content(num))
+    store.write(num * store.layout.stride, content(num))
+    store.seal_piece(num, digest.seal())
+
+
+def create(folder, nums=(0, 2, 5)):
+    store = dfly.TaskFile.create(folder + "/data", folder + "/journal", {"task": "t", "version": "v"}, LENGTH, SIZE)
+    for num in nums:
+        put(store, num)
+    return store
+
+
+def test_what_was_written_is_there_after_a_restart(folder):
+    create(folder).close()
+    store = dfly.TaskFile.resume(folder + "/data", folder + "/journal")
+    assert store.have == 0 and store.claimed == 3 and store.about == {"task": "t", "version": "v"}
+    assert store.verify() == 0
+    assert store.have == 0b100101 and store.layout.length == LENGTH and store.layout.size == SIZE
+    store.close()
+
+
+def test_a_journal_torn_at_any_byte_never_claims_a_wrong_piece(folder):
+    create(folder).close()
+    with open(folder + "/journal", "rb") as file:
+        journal = file.read()
+    for cut in range(len(journal)):
+        with open(folder + "/journal", "wb") as file:
+            file.write(journal[:cut])
+        store = dfly.TaskFile.resume(folder + "/data", folder + "/journal")
+        if store:
+            store.verify()
+            assert store.have & ~0b100101 == 0
+            assert all(b"".join(map(bytes, store.read_plain(num))) == content(num) for num in dfly.nums_of(store.have))
+            put(store, 1)
+            store.close()
+            again = dfly.TaskFile.resume(folder + "/data", folder + "/journal")
+            again.verify()
+            assert again.have >> 1 & 1
+            again.close()
+
+
+def test_a_piece_that_was_damaged_on_disk_is_dropped(folder):
+    create(folder).close()
+    with open(folder + "/data", "r+b") as file:
+        file.seek(2 * (SIZE - 5) + 17)
+        file.write(b"X")
+    store = dfly.TaskFile.resume(folder + "/data", folder + "/journal")
+    assert store.verify() == 1 and store.have == 0b100001
+    store.close()
+
+
+def test_a_second_process_may_read_along_but_not_write(folder):
+    store = create(folder, (0,))
+    reader = dfly.TaskFile.attach(folder + "/data", folder + "/journal")
+    assert reader.have == 1
+    put(store, 3)
+    reader.refresh()
+    assert reader.have == 0b1001
+    store.drop([0])
+    reader.refresh()
+    assert reader.have == 0b1000
+    with pytest.raises(dfly.CannotWrite):
+        dfly.TaskFile.resume(folder + "/data", folder + "/journal")
+    reader.close()
+    store.close()
+
+
+def test_a_finished_file_gets_its_name_and_leaves_nothing_else(folder):
+    store = create(folder, range(6))
+    assert store.complete and all(store.reread(num, strong) for num in range(6) for strong in (True, False))
+    store.publish(folder + "/out", 0o600)
+    assert os.listdir(folder) == ["out"] and os.stat(folder + "/out").st_mode & 0o777 == 0o600
+    with open(folder + "/out", "rb") as file:
+        assert file.read() == b"".join(content(num) for num in range(6))
+    store.close()
+
+
+def test_the_md5_of_a_growing_file_is_that_of_the_whole(folder):
+    import hashlib
+    store = create(folder, (1, 0))
+    follower = dfly.Md5Follower(store)
+    for num in (4, 5, 3, 2):
+        put(store, num)
+        follower.nudge()
+    assert follower.wait() == hashlib.md5(b"".join(content(num) for num in range(6))).hexdigest()
+    store.close()
