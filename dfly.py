@@ -2958,9 +2958,10 @@ class Scheduler:
                 if best:
                     break
             if not best:
-                return
+                break
             self._launch(best[0], holder, best[1], now)
             self._index(best[0], now)
+        self._index(holder, now)
 
     def _best_receiver(self, holder: _Peer, place: _Place, now: float) -> Optional[Tuple[_Peer, int]]:
         found = []
