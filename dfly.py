@@ -770,21 +770,6 @@ class FileSpan:
             self.fd = -1
 
 
-def small_queue(sock: socket.socket) -> None:
-    """Keep little in flight on a slow link: four times what its round trip holds.
-
-    Else pieces fill the queues in front of the link, and the few bytes that order the next ones wait behind them; on
-    50 Mbit/s that costs 50 ms each way, a third of a piece's time.  The kernel says round trip and rate (Linux 4.9).
-    """
-    try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
-        trip_us, rate = struct.unpack_from("=I", info, 148)[0], struct.unpack_from("=Q", info, 160)[0]
-        if 0 < rate < 40 * MIB and 0 < trip_us < 1000000:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, max(20000, int(4e-6 * trip_us * rate)))
-    except (OSError, struct.error, AttributeError):  # not here: it only costs time
-        pass
-
-
 class Response:
     """An answer: status, headers beyond the length, and a body of bytes and file spans."""
 
@@ -1255,8 +1240,6 @@ class Server:
             link.output = collections.deque([memoryview(head)])
             link.output.extend(s if isinstance(s, FileSpan) else memoryview(s) for s in segments)
             self._cork(link, 1)
-            if link.sock.family != socket.AF_UNIX:
-                small_queue(link.sock)
         self._set(link, _Link.WRITING, self.WRITE_S)
         try:
             self._write(link)
@@ -4656,6 +4639,7 @@ def _fork_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: floa
 # ==============================================================================
 
 FETCHERS = 3  # pieces under way at once, as many as a peer uploads: where all have as many, the links share out evenly
+AHEAD_S = 0.05  # how long before its end a piece is announced, at most: more puts ever more under way, all of them slower
 AHEAD = 64  # pieces a lone download may have been promised beyond those
 PEER_SILENCE_S = 3.0  # from a peer, before its piece is asked for elsewhere
 SEED_SILENCE_S = 30.0  # from a supernode, which holds a request until the origin has sent that far
@@ -4895,7 +4879,7 @@ class Fetchers:
         """Announce the end of a piece when it is as far off as the answer to a request; return how much to read next."""
         pace = got / max(time.monotonic() - began, 1e-4)
         left_s = (total - got) / pace if got else 1e9
-        if 0.005 < left_s < 2 * self.delay and order.num not in self._ending:
+        if 0.005 < left_s < min(2 * self.delay, AHEAD_S) and order.num not in self._ending and len(self._ending) < self._count - 1:
             with self._lock:
                 self._ending.add(order.num)
             self.endings.append(order)
