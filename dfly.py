@@ -3208,11 +3208,13 @@ class CdnTask:
         return (self.origin_bytes - count) / max(now - then, 0.1) if then else 0.0
 
     def stop(self, limit_s: float = 5.0) -> None:
-        """End the fetch; what is on disk stays."""
+        """End the fetch; what is on disk stays.  One that waits for a silent origin is left to end by itself."""
         self._stopping = True
         thread = self._thread
         if thread and thread is not threading.current_thread():
             thread.join(limit_s)
+            if thread.is_alive():
+                return
         if self.store:
             self.store.close()
 
@@ -3349,11 +3351,13 @@ class Cdn:
         self._remove(os.path.join(self.folder, task_id[:3], task_id))
 
     def stop(self) -> None:
-        """End all fetches."""
+        """End all fetches, within two seconds."""
         with self._lock:
-            tasks = list(self._tasks)
-        for task_id in tasks:
-            self.release(task_id)
+            tasks, self._tasks = list(self._tasks.values()), {}
+        deadline = time.monotonic() + 2.0
+        for limit_s in (0.0, None):  # all are told before any is waited for
+            for task in tasks:
+                task.stop(max(0.0, deadline - time.monotonic()) if limit_s is None else limit_s)
 
     def _remove(self, path: str) -> None:
         remove(path + ".journal")

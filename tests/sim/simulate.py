@@ -152,7 +152,7 @@ class Swarm:
                 self.s.leave("t", peer.name, self.now)
         else:
             room = max(0, self.o.fetchers - self.s.busy("t", peer.name))
-            self.s.request("t", peer.name, room, self.now, 
+            self.s.request("t", peer.name, room, self.now,
                            queue=64 if len(self.s.inflight("t", peer.name)) <= self.o.fetchers else 0)
         self.deliver()
 
@@ -258,7 +258,6 @@ class Swarm:
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    number = {"type": int}
     for name, default, kind, text in (
             ("peers", 24, int, ""), ("size", 100, int, "MB"), ("rate", 50, int, "Mbit/s of every link"), ("seed-rate", 0, int, "of the supernode's uplink"),
             ("origin-rate", 0, int, "Mbit/s from the origin"), ("latency", 5.0, float, "ms, one way"), ("racks", 0, int, ""), ("core", 0, int, "Mbit/s of a rack link"),
@@ -267,7 +266,6 @@ def parser():
             ("ahead", 20.0, float, "ms; 0: never"), ("up-slots", 3, int, ""), ("seed-slots", 3, int, ""), ("tick", 0.1, float, "s"), ("seed", 1, int, "")):
         p.add_argument("--" + name, type=kind, default=default, help=text)
     p.add_argument("--warm", action="store_true", help="the supernode has the file already")
-    del number
     return p
 
 
