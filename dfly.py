@@ -6131,6 +6131,8 @@ def _chosen(program: str, arguments: List[str]) -> Tuple[str, Callable[[], int]]
         return program, lambda: run_dfget(arguments)
     if program == "supernode":
         return program, lambda: run_supernode(arguments)
+    if program == "dfdaemon":
+        raise BadUsage("the proxy for container engines is not part of this version yet; `dfget` and `supernode` are")
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help", "help"):
         print(__doc__.split("The map:")[0].rstrip() if __doc__ else USAGE)
