@@ -106,10 +106,10 @@ def test_get_and_old_clients_share_an_old_supernode(old, host, origin, blob, kin
 def test_we_serve_others_through_1_0_6(old, host, origin, blob):
     """Checklist 15 (9): pieces are served from the first suc on, the last range clipped."""
     data = blob(9 * MIB + 25)
-    url = origin.put("f.bin", data)
     node = old.node("sn1")
-    host("a").get(url, node=node.node, ip="127.0.0.101", check=data)
-    for kind in ("go", "py"):
+    for kind in ("go", "py"):  # a file each: the second old client could else take all of it from the first
+        url = origin.put(kind + ".bin", data)
+        host(kind).get(url, node=node.node, ip="127.0.0.101", check=data)
         result = old.get(kind, node, url, check=data)
         assert any(piece.ip == "127.0.0.101" for piece in result.pieces)
         assert result.client.failures == {} or kind == "go", result.client.failures
