@@ -138,6 +138,10 @@ class CannotWrite(DflyError):
     exit, old_exit, reason = 3, 77, REASON_WRITE
 
 
+class CannotRead(CannotWrite):
+    """A file of ours can't be read back."""
+
+
 class NetworkError(DflyError):
     """A connection could not be made, broke, or carried something that is not HTTP."""
     exit, reason = 4, REASON_REGISTER
@@ -725,8 +729,8 @@ class TokenBucket:
 #    quick at once and the rest on a few workers, parks what has to wait, and sends
 #    files by sendfile.  A client on kept-alive connections that reads into a buffer
 #    of the caller's.
-#    Not http.server and http.client: their e-mail parser costs 20 ms at the start of
-#    each `get` and 0.1 ms a request, a third of what 3,000 syncs a second leave us.
+#    Not http.server and http.client: importing their e-mail parser costs each `get`
+#    20 ms, and a head takes it 33 us where ours takes 4 (3,000 syncs/s leave us 330).
 # ==============================================================================
 
 _REQUEST_LINE = re.compile(r"^([A-Z]{1,16}) (\S{1,16000}) HTTP/1\.([01])$")
@@ -1463,6 +1467,7 @@ class HttpLink:
         self.sock = connect(host, port, connect_s)
         self.fresh = True  # no answer has come over it yet
         self._ahead = b""  # bytes read behind a head
+        self._timeout_s = 0.0
         self.set_timeout(timeout_s)
 
     def __str__(self) -> str:
@@ -1474,6 +1479,9 @@ class HttpLink:
         By socket options on a blocking socket, so that one recv can wait for a whole chunk (MSG_WAITALL): at
         50 Mbit/s that is 4 wake-ups a second instead of 800.
         """
+        if timeout_s == self._timeout_s:
+            return
+        self._timeout_s = timeout_s
         self.sock.settimeout(None)
         limit = struct.pack("@ll", int(timeout_s), int(timeout_s % 1 * 1e6))
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
@@ -1569,7 +1577,7 @@ class HttpLink:
 
 
 class Pool:
-    """Kept-alive connections to many servers.  _lock guards _idle."""
+    """Kept-alive connections to many servers, for many threads.  _lock guards _idle, _busy and _ended."""
 
     KEEP = 4  # idle connections kept for one server
 
@@ -1577,21 +1585,26 @@ class Pool:
         self.timeout_s, self.connect_s = timeout_s, connect_s  # of silence, of connecting
         self._lock = threading.Lock()
         self._idle = collections.defaultdict(list)  # type: Dict[Tuple[str, int], List[HttpLink]]
+        self._busy = set()  # type: Set[HttpLink]
+        self._ended = False
 
-    def open(self, host: str, port: int, method: str, target: str, headers: Any = (), body: bytes = b"") -> Tuple[HttpLink, Reply]:
+    def open(self, host: str, port: int, method: str, target: str, headers: Any = (), body: bytes = b"",
+             timeout_s: float = 0.0) -> Tuple[HttpLink, Reply]:
         """Send a request and return the connection with the head of the answer; give it back with `done`.
 
-        A kept connection that the server has meanwhile closed is replaced once.  Raises NetworkError, TimedOut.
+        `timeout_s` is the silence allowed in this one exchange.  A kept connection that the server has meanwhile closed
+        is replaced.  Raises NetworkError, TimedOut.
         """
         while True:
-            link = self.link(host, port)
+            link = self._link(host, port)
             kept = not link.fresh
             try:
+                link.set_timeout(timeout_s or self.timeout_s)
                 link.send(method, target, headers, body)
                 return link, link.reply()
             except NetworkError as error:
-                link.close()
-                if not kept or isinstance(error, TimedOut):
+                self.done(link, None)
+                if not kept or self._ended or isinstance(error, TimedOut):
                     raise
 
     def ask(self, host: str, port: int, method: str, target: str, headers: Any = (), body: bytes = b"") -> Tuple[int, bytes]:
@@ -1602,24 +1615,39 @@ class Pool:
         finally:
             self.done(link, reply)
 
-    def link(self, host: str, port: int) -> HttpLink:
+    def _link(self, host: str, port: int) -> HttpLink:
         """Return an idle connection or a new one.  Raises NetworkError, TimedOut."""
         with self._lock:
-            if self._idle[host, port]:
-                return self._idle[host, port].pop()
-        return HttpLink(host, port, self.timeout_s, self.connect_s)
+            links = self._idle[host, port]
+            link = links.pop() if links else None
+        link = link or HttpLink(host, port, self.timeout_s, self.connect_s)
+        with self._lock:
+            self._busy.add(link)
+            ended = self._ended
+        if ended:
+            self.done(link, None)
+            raise NetworkError("%s: no longer wanted" % link)
+        return link
 
-    def done(self, link: HttpLink, reply: Reply) -> None:
-        """Keep the connection if it can be used again, else hang up."""
-        if reply.reusable:
-            with self._lock:
-                if len(self._idle[link.host, link.port]) < self.KEEP:
-                    self._idle[link.host, link.port].append(link)
-                    return
+    def done(self, link: HttpLink, reply: Optional[Reply]) -> None:
+        """Keep the connection if it can be used again, else (and without a reply) hang up."""
+        with self._lock:
+            self._busy.discard(link)
+            links = self._idle[link.host, link.port]
+            if reply and reply.reusable and not self._ended and len(links) < self.KEEP:
+                links.append(link)
+                return
         link.close()
 
+    def interrupt(self) -> None:
+        """Wake every thread that waits on one of these connections, with an error, and refuse new ones."""
+        with self._lock:
+            self._ended = True
+            for link in self._busy:
+                link.interrupt()
+
     def close(self) -> None:
-        """Hang up on everybody."""
+        """Hang up on everybody that nobody is talking to."""
         with self._lock:
             for links in self._idle.values():
                 for link in links:
@@ -1862,11 +1890,13 @@ class TaskFile:
         """Yield bytes of the file, some at a time; what is yielded is valid until the next turn."""
         end, buffer = offset + length, memoryview(bytearray(min(length, 1 << 18)))
         while offset < end:
-            if hasattr(os, "preadv"):  # 3.7; saves a new page for every page read
-                count = os.preadv(self._fd, [buffer[:end - offset]], offset)
-                data = buffer[:count]
-            else:
-                data = memoryview(os.pread(self._fd, min(end - offset, 1 << 18), offset))
+            try:
+                if hasattr(os, "preadv"):  # 3.7; saves a new page for every page read
+                    data = buffer[:os.preadv(self._fd, [buffer[:end - offset]], offset)]
+                else:
+                    data = memoryview(os.pread(self._fd, min(end - offset, 1 << 18), offset))
+            except OSError as error:  # also when the file has been let go of meanwhile
+                raise CannotRead("%s: %s" % (self.data, error.strerror))
             if not data:
                 return
             offset += len(data)
@@ -1931,15 +1961,21 @@ class TaskFile:
                 base = num * layout.size
                 wrapped = layout.content_range(num)[1] + WRAP
                 for data, offset, count in layout.spans(num, max(start - base, 0), min(end - base, wrapped)):
-                    segments.append(FileSpan(os.dup(self._fd), offset, count) if count else data)
+                    segments.append(self._span(offset, count) if count else data)
         except BaseException:
             Response(200, segments).close()
             raise
         return segments
 
     def plain_body(self, start: int, end: int) -> List[Any]:
-        """Return bytes [start, end) of the plain file as segments of an answer."""
-        return [FileSpan(os.dup(self._fd), start, end - start)] if end > start else [b""]
+        """Return bytes [start, end) of the plain file as segments of an answer.  Raises NoSuchPiece."""
+        return [self._span(start, end - start)] if end > start else [b""]
+
+    def _span(self, offset: int, count: int) -> FileSpan:
+        try:
+            return FileSpan(os.dup(self._fd), offset, count)
+        except OSError:
+            raise NoSuchPiece("the file is no longer here")
 
     def read_plain(self, num: int) -> Iterator[Any]:
         """Yield the plain bytes of piece `num`, some at a time."""
@@ -1965,7 +2001,8 @@ class TaskFile:
 
 class Md5Follower:
     """Computes the MD5 of a whole file behind its growth, on a thread of its own, since only the old wire and --md5
-    want it and it is the slowest thing we ever do to a byte.  `step` it by calling `nudge` when pieces arrive."""
+    want it and it is the slowest thing we ever do to a byte.  Call `nudge` when pieces arrive, and `stop` before the
+    store is closed."""
 
     def __init__(self, store: TaskFile, on_done: Callable[[], None] = lambda: None) -> None:
         self._store, self._on_done = store, on_done
@@ -1980,13 +2017,15 @@ class Md5Follower:
         """Look for new pieces."""
         self._event.set()
 
-    def stop(self) -> None:
-        """Give up."""
+    def stop(self, limit_s: float = 10.0) -> None:
+        """Give up; when this returns (unless the disk takes more than `limit_s` for a piece), nobody reads the store any more."""
         self._stopping = True
         self._event.set()
+        self._thread.join(limit_s)
 
     def wait(self) -> str:
-        """Return the digest of a complete file."""
+        """Return the digest of the file, all of whose pieces must be here; "" when it can't be read."""
+        assert self._store.complete
         self._event.set()
         self._thread.join()
         return self.digest
@@ -1998,8 +2037,11 @@ class Md5Follower:
                 self._event.wait(1.0)
                 self._event.clear()
                 continue
-            for data in store.read_plain(num):
-                self._md5.update(data)
+            try:
+                for data in store.read_plain(num):
+                    self._md5.update(data)
+            except (CannotRead, NoSuchPiece):  # whoever asks finds no digest
+                return
             num += 1
         if not self._stopping:
             self.digest = self._md5.hexdigest()
@@ -2141,7 +2183,7 @@ class OriginReply:
         self.status = response.code
         self.etag = headers.get("ETag", "")
         self.modified = headers.get("Last-Modified", "")
-        self.ranges = self.status == 206 or headers.get("Accept-Ranges", "").lower() == "bytes"
+
         length = headers.get("Content-Length", "")
         self.body_length = int(length) if re.match(r"^\d{1,18}$", length) and not headers.get("Transfer-Encoding") else None
         self.start = start if self.status == 206 else -origin.base  # of the body, in our file
@@ -2218,7 +2260,7 @@ class Filler:
         self.read_bytes = 0  # from the origin, in all
         self._work = queue.Queue()  # type: queue.Queue  # (num, buffer, length) to digest and write
         self._buffers = queue.Queue()  # type: queue.Queue  # that are free
-        self._error = None  # type: Optional[DflyError]  # of the hands
+        self._error = None  # type: Optional[Exception]  # of the hands
         self._threads = []  # type: List[threading.Thread]
 
     def fill(self, first: Optional[OriginReply] = None) -> None:
@@ -2374,7 +2416,7 @@ class Filler:
             try:
                 if not self._error:
                     self._store_piece(num, memoryview(buffer)[:length])
-            except DflyError as error:
+            except Exception as error:  # noqa: BLE001 the reader raises it: a hand that died would leave it waiting
                 self._error = error
             finally:
                 self._buffers.put(buffer)
@@ -2440,13 +2482,7 @@ class _Sample:
 
     def draw(self, count: int, rng: random.Random) -> List[Any]:
         """Return `count` members in random order, or all."""
-        if len(self._members) <= count:
-            members = list(self._members)
-            rng.shuffle(members)
-            return members
-        start, step = rng.randrange(len(self._members)), rng.randrange(1, len(self._members))
-        return list({(start + i * step) % len(self._members): None for i in range(count)}) and [
-            self._members[place] for place in {(start + i * step) % len(self._members) for i in range(count)}]
+        return rng.sample(self._members, min(count, len(self._members)))
 
 
 class _Place:
@@ -2471,9 +2507,10 @@ class _Place:
 
 
 class _Host:
-    """The machine that some peers (of any task) upload from."""
+    """The machine that some peers (of any task) upload from; `key` is (address, port)."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: Any) -> None:
+        self.key = key
         self.uploads = 0  # under way
         self.peers = []  # type: List[_Peer]
         self.speed = 0.0  # bytes/s of one upload, averaged over the last few
@@ -2482,12 +2519,13 @@ class _Host:
 class _Flight:
     """One piece on its way."""
 
-    __slots__ = ("num", "holder", "since", "slot", "crossed")
+    __slots__ = ("num", "holder", "since", "slot", "crossed", "ending")
 
     def __init__(self, num: int, holder: Optional["_Peer"], since: float, slot: bool, crossed: List[_Place]) -> None:
         self.num, self.holder, self.since = num, holder, since  # holder None: the seed
         self.slot = slot  # whether it counts as one of the holder's uploads (a lone receiver's batch does not)
         self.crossed = crossed  # the places it enters
+        self.ending = False  # its end has been announced
 
 
 class _Peer:
@@ -2503,11 +2541,12 @@ class _Peer:
         self.offers = 0  # mask: servable to others
         self.flights = {}  # type: Dict[int, _Flight]
         self.asked = 0  # mask of flights
-        self.room = 0  # fetches it could begin now
+        self.slots = 0  # fetches it would have under way at once
+        self.busy = 0  # flights that are not about to end
         self.queue = 0  # and how many more it would take in advance
         self.batch = 4  # size of its next batch in advance
         self.mail = []  # type: List[Assignment]
-        self.receiving = True
+        self.receiving = False
         self.idle_since = None  # type: Optional[float]  # since when it waits with nothing under way
         self.blocked = {}  # type: Dict[str, float]  # holder -> until when
         self.accusers = {}  # type: Dict[str, int]  # receiver -> failures it reported
@@ -2516,6 +2555,11 @@ class _Peer:
         self.isolations = 0  # how often it was isolated: each time for longer
         self.seed_retry_at = 0.0
         self.duration = 0.0  # seconds a fetch takes it, averaged
+
+    @property
+    def room(self) -> int:
+        """How many fetches it could begin now."""
+        return self.slots - self.busy if self.slots > self.busy else 0
 
 
 class _Task:
@@ -2530,11 +2574,11 @@ class _Task:
         self.places = {}  # type: Dict[Tuple[str, ...], _Place]
         self.swarm = self.place(())
         self.levels = [0] * 128  # masks of pieces, by how many peers have or fetch them (see _level)
-        self.levels[0] = 0
         self.seed_uploads = 0
         self.seed_sent = 0  # pieces, in all
         self.duration = 0.0  # seconds a fetch takes, averaged
         self.receivers = 0
+        self.direct = set()  # type: Set[_Peer]  # receivers that only the seed may serve
 
     def place(self, location: Tuple[str, ...]) -> _Place:
         """Return the place of that name."""
@@ -2591,8 +2635,8 @@ class Scheduler:
     in the very call that makes them possible; `woken` names the receivers that got some.
     """
 
-    SAMPLE = 12  # candidates looked at where all would be too many: 8 is measurably worse, 24 no better
-    CROSSINGS = 3  # fetches into (and out of) one rack at a time: two fill the link, a third hides the pauses
+    SAMPLE = 12  # candidates looked at where all would be too many; 4 to 24 do equally well in the simulator
+    CROSSINGS = 3  # fetches into (and out of) one rack at a time; in the simulator 2 ends at 1.44, 3 at 1.20, 4 at 1.27
     LATE = 4.0  # times the usual duration, plus LATE_S: then a piece may be fetched a second time
     LATE_S = 1.0
     LOST_S = 60.0  # after this a fetch in advance, too, counts as lost
@@ -2647,11 +2691,10 @@ class Scheduler:
         self.drop_peer(task_id, cid, now)
         task = self._tasks[task_id]
         places = [task.swarm] + [task.place(location[:depth]) for depth in range(1, len(location) + 1)]
-        machine = self._hosts.setdefault(host, _Host())
+        machine = self._hosts.setdefault(host, _Host(host))
         peer = task.peers[cid] = _Peer(task, cid, machine, places, serves, legacy, seed_only)
-        peer.host_key = host  # type: ignore[attr-defined]
         machine.peers.append(peer)
-        task.receivers += 1
+        self._start_receiving(peer)
         for num in nums_of(have):
             self.done(task_id, cid, num, now)
 
@@ -2669,7 +2712,7 @@ class Scheduler:
         self._index(peer, now)
         peer.host.peers.remove(peer)
         if not peer.host.peers:
-            self._hosts.pop(peer.host_key, None)  # type: ignore[attr-defined]
+            self._hosts.pop(peer.host.key, None)
 
     def leave(self, task_id: str, cid: str, now: float) -> None:
         """A client receives no more, but what it has it still offers."""
@@ -2677,11 +2720,20 @@ class Scheduler:
         if peer:
             self._stop_receiving(peer, now)
 
+    @staticmethod
+    def _start_receiving(peer: _Peer) -> None:
+        if not peer.receiving:
+            peer.receiving = True
+            peer.task.receivers += 1
+            if peer.seed_only:
+                peer.task.direct.add(peer)
+
     def _stop_receiving(self, peer: _Peer, now: float) -> None:
         if peer.receiving:
             peer.receiving = False
             peer.task.receivers -= 1
-        peer.room = peer.queue = 0
+            peer.task.direct.discard(peer)
+        peer.slots = peer.queue = 0
         peer.mail = []
         for num in list(peer.flights):
             self._land(peer, num)
@@ -2693,15 +2745,16 @@ class Scheduler:
 
     # -- what peers say --------------------------------------------------------
 
-    def request(self, task_id: str, cid: str, room: int, now: float, queue: int = 0) -> None:
-        """A client can begin `room` fetches now and would take `queue` more in advance."""
+    def request(self, task_id: str, cid: str, slots: int, now: float, queue: int = 0) -> None:
+        """A client would have `slots` fetches under way at once, those that it has among them, and take `queue` more in advance.
+
+        What it has is counted here, not by the client: that does not know yet what is on its way to it.
+        """
         peer = self._peer(task_id, cid)
         if not peer:
             return
-        if not peer.receiving:
-            peer.receiving = True
-            peer.task.receivers += 1
-        peer.room, peer.queue = room, queue
+        self._start_receiving(peer)
+        peer.slots, peer.queue = slots, queue
         if not peer.flights:
             peer.idle_since = peer.idle_since if peer.idle_since is not None else now
         self._serve(peer, now)
@@ -2731,10 +2784,14 @@ class Scheduler:
         """Piece `num` is about to arrive: its slots are as good as free, so that the next fetch is on its way by then."""
         peer = self._peer(task_id, cid)
         flight = peer.flights.get(num) if peer else None
-        if not peer or not flight or not flight.slot:
+        if not peer or not flight or flight.ending:
             return
-        self._release(peer, flight)
-        self._reuse(peer.task, flight.holder, flight, now)
+        flight.ending = True
+        peer.busy -= 1
+        self._index(peer, now)
+        if flight.slot:
+            self._release(peer, flight)
+            self._reuse(peer.task, flight.holder, flight, now)
 
     def failed(self, task_id: str, cid: str, num: int, holder: str, why: str, now: float) -> None:
         """A client could not get piece `num` from `holder`, because of `why`."""
@@ -2842,7 +2899,7 @@ class Scheduler:
             task.seed_uploads += 1 if slot else 0
         peer.flights[num] = _Flight(num, holder, now, slot, crossed)
         peer.asked |= 1 << num
-        peer.room = max(0, peer.room - 1) if slot else peer.room
+        peer.busy += 1
         peer.idle_since = None
         task.change(peer, num, 1)
         peer.mail.append(Assignment(num, holder.cid if holder else SEED))
@@ -2855,6 +2912,7 @@ class Scheduler:
         """A flight has ended, however; return its holder."""
         flight = peer.flights.pop(num)
         peer.asked &= ~(1 << num)
+        peer.busy -= 0 if flight.ending else 1
         peer.task.change(peer, num, -1)
         self._release(peer, flight)
         return flight.holder
@@ -2895,7 +2953,7 @@ class Scheduler:
             return 0
         if holder is not None:
             if holder is peer or peer.seed_only or (peer.blocked and peer.blocked.get(holder.cid, 0) > now) or (
-                    peer.legacy and ":" in str(holder.host_key[0])):  # type: ignore[attr-defined]
+                    peer.legacy and ":" in str(holder.host.key[0])):  # an old client can't write an IPv6 address
                 return 0
             if peer.legacy:
                 nums &= task.seeded
@@ -2922,10 +2980,9 @@ class Scheduler:
             peer = min(found)[3]
             self._launch(peer, None, self._first(task, self._allowed(peer, None, now)), now)
             self._index(peer, now)
-        if task.receivers == 1 or task.swarm.hungry and any(p.seed_only for p in task.swarm.hungry.draw(4, self._rng)):
-            for peer in task.swarm.hungry.draw(4, self._rng):
-                self._serve(peer, now)
-                self._index(peer, now)
+        for peer in task.swarm.hungry.draw(1, self._rng) if task.receivers == 1 else [p for p in task.direct if p.room > 0]:
+            self._serve(peer, now)
+            self._index(peer, now)
 
     def _first(self, task: _Task, nums: int) -> int:
         """Return what the seed sends next: of what nobody has the lowest, else the rarest."""
@@ -3014,7 +3071,6 @@ class Scheduler:
         count = min(peer.room + peer.queue, peer.batch + peer.room) - sum(not flight.slot for flight in peer.flights.values())
         if count <= 0:
             return
-        peer.batch *= 2
         wanted = (task.all if task.count is not None else task.seeded) & ~peer.have & ~peer.asked
         holders = [h for h in task.swarm.idle.draw(self.SAMPLE, self._rng) if h is not peer and peer.blocked.get(h.cid, 0) <= now]
         fastest = max([h.host.speed for h in holders] or [0.0]) or 1.0
@@ -3027,7 +3083,7 @@ class Scheduler:
             elif now < peer.seed_retry_at:
                 break
             self._launch(peer, best, num, now, slot=False)
-        peer.room = 0 if peer.flights else peer.room
+        peer.batch *= 2 if peer.flights else 1
 
     # -- time --------------------------------------------------------------------
 
@@ -3047,10 +3103,10 @@ class Scheduler:
     def _look_after(self, peer: _Peer, late: float, now: float) -> None:
         """See what a receiver has waited for too long."""
         task = peer.task
+        ending = peer.room > 0 and not task.all & ~peer.have & ~peer.asked  # it has nothing else to do than to fetch a late piece again
         for flight in list(peer.flights.values()):
-            age = now - flight.since
-            if age > (late if flight.slot and peer.room > 0 and not task.all & ~peer.have & ~peer.asked else max(10.0, 3 * late) if flight.slot
-                      else self.LOST_S):
+            limit = self.LOST_S if not flight.slot else late if ending else max(10.0, 3 * late)
+            if now - flight.since > limit:
                 self._land(peer, flight.num)
                 if flight.holder:
                     peer.blocked[flight.holder.cid] = now + 2 * late
@@ -3080,10 +3136,15 @@ class Scheduler:
         peer = self._peer(task_id, cid)
         return [Assignment(f.num, f.holder.cid if f.holder else SEED) for f in peer.flights.values()] if peer else []
 
-    def busy(self, task_id: str, cid: str) -> int:
-        """Return how many of a client's fetches are not about to end."""
+    def receivers(self, task_id: str) -> int:
+        """Return how many clients receive a task."""
+        task = self._tasks.get(task_id)
+        return task.receivers if task else 0
+
+    def others(self, task_id: str, cid: str) -> bool:
+        """Return whether anybody but this client receives the task."""
         peer = self._peer(task_id, cid)
-        return sum(flight.slot for flight in peer.flights.values()) if peer else 0
+        return bool(peer and peer.task.receivers > peer.receiving)
 
     def woken(self) -> List[Tuple[str, str]]:
         """Return (task, cid) of the clients that were assigned something since the last call."""
@@ -3180,7 +3241,7 @@ class CdnTask:
     def ensure(self, origin: Origin) -> None:
         """Begin to fetch, unless that is under way, done, or has failed a moment ago."""
         with self._lock:
-            if self.state in (self.RUNNING, self.SUCCESS):
+            if self._stopping or self.state in (self.RUNNING, self.SUCCESS):
                 return
             if self.state == self.FAILED and time.monotonic() < self.ended_at + self._cdn.retry_s:
                 return
@@ -3207,16 +3268,18 @@ class CdnTask:
             self._speed = (now, self.origin_bytes)
         return (self.origin_bytes - count) / max(now - then, 0.1) if then else 0.0
 
-    def stop(self, limit_s: float = 5.0) -> None:
-        """End the fetch; what is on disk stays.  One that waits for a silent origin is left to end by itself."""
-        self._stopping = True
-        thread = self._thread
-        if thread and thread is not threading.current_thread():
+    def stop(self, limit_s: float = 0.0) -> None:
+        """End the fetch, and wait for that at most `limit_s` seconds; what is on disk stays.
+
+        Whoever is last lets go of the file: a fetch that waits for a silent origin does so when it ends.
+        """
+        with self._lock:
+            self._stopping = True
+            thread = self._thread
+            if not thread and self.store:
+                self.store.close()
+        if thread and limit_s:
             thread.join(limit_s)
-            if thread.is_alive():
-                return
-        if self.store:
-            self.store.close()
 
     # -- on the task's thread ---------------------------------------------------
 
@@ -3230,6 +3293,11 @@ class CdnTask:
             import traceback
             self._cdn.log.error("task %s: %s", self.task_id, traceback.format_exc())
             self._end(self.FAILED, DflyError("internal error: %s" % type(error).__name__))
+        with self._lock:
+            if self._thread is threading.current_thread():  # else it has failed and been started again meanwhile
+                self._thread = None
+                if self._stopping and self.store:
+                    self.store.close()
 
     def _end(self, state: str, error: Optional[DflyError]) -> None:
         with self._lock:
@@ -3339,7 +3407,7 @@ class Cdn:
             return self._tasks[task_id]
 
     def release(self, task_id: str) -> None:
-        """Forget a task that nobody uses any more; its bytes stay in the cache."""
+        """Forget a task that nobody uses any more, without waiting for its fetch; its bytes stay in the cache."""
         with self._lock:
             task = self._tasks.pop(task_id, None)
         if task:
@@ -3354,10 +3422,11 @@ class Cdn:
         """End all fetches, within two seconds."""
         with self._lock:
             tasks, self._tasks = list(self._tasks.values()), {}
+        for task in tasks:  # all are told before any is waited for
+            task.stop()
         deadline = time.monotonic() + 2.0
-        for limit_s in (0.0, None):  # all are told before any is waited for
-            for task in tasks:
-                task.stop(max(0.0, deadline - time.monotonic()) if limit_s is None else limit_s)
+        for task in tasks:
+            task.stop(max(0.0, deadline - time.monotonic()))
 
     def _remove(self, path: str) -> None:
         remove(path + ".journal")
@@ -3403,6 +3472,7 @@ class Cdn:
 #    everything.  Knows no files of its own.
 # ==============================================================================
 
+TICK_S = 0.25  # between two looks at what is late
 SYNC_WAIT_S = 15.0  # how long a sync is held when there is nothing to say
 PULL_WAIT_S = 0.4  # the same for an old pull: dfget 0.2 gives up after 3 s and then sleeps up to 2
 REGISTER_WAIT_S = 2.5  # for the origin to say how long the file is; old clients give up after 5 s
@@ -3551,12 +3621,12 @@ class Supernode(CdnEvents):
         self._tasks = {}  # type: Dict[str, SwarmTask]
         self._api = None  # type: Optional[Server]
         self._pieces = None  # type: Optional[Server]
-        self.counts = collections.Counter()  # type: Dict[str, int]
 
     def serve(self, api: Server, pieces: Server) -> None:
         """Begin to answer on both ports."""
         self._api, self._pieces = api, pieces
-        api.later(0.1, self._tick)
+        api.later(TICK_S, self._tick)
+        api.later(1.0, self._watch_peers)
         api.later(5.0, self._collect)
         pieces.start()
         api.start()
@@ -3568,7 +3638,7 @@ class Supernode(CdnEvents):
                 server.stop()
         for task in list(self._tasks.values()):
             if task.follower:
-                task.follower.stop()
+                task.follower.stop(1.0)
         self._cdn.stop()
 
     # -- what the CDN tells ----------------------------------------------------
@@ -3644,16 +3714,39 @@ class Supernode(CdnEvents):
     def _tick(self) -> None:
         assert self._api
         with self._lock:
+            self._scheduler.tick(self._clock())
+        self._after()
+        self._api.later(TICK_S, self._tick)
+
+    def _watch_peers(self) -> None:
+        """Once a second: give up on clients that have not been heard of for too long."""
+        assert self._api
+        with self._lock:
             now = self._clock()
-            self._scheduler.tick(now)
             for task in self._tasks.values():
                 for peer in task.peers.values():
-                    limit = 0.3 if peer.gone else 4 * SYNC_WAIT_S if peer.native else self._expire_s
-                    if not peer.finished and now > peer.seen_at + limit:
-                        peer.finished = True
-                        self._scheduler.leave(task.task_id, peer.cid, now)
+                    if not peer.finished and now > peer.seen_at + (4 * SYNC_WAIT_S if peer.native else self._expire_s):
+                        self._leave_locked(task, peer)
         self._after()
-        self._api.later(0.1, self._tick)
+        self._api.later(1.0, self._watch_peers)
+
+    def _hung_up(self, task: SwarmTask, peer: Peer, turn: int) -> None:
+        """A client has closed its parked sync: unless it comes back at once, it is gone.  On the API server's thread."""
+        assert self._api
+        if peer.turn == turn:
+            peer.gone = True
+            self._api.later(0.3, lambda: self._lose(task, peer))
+
+    def _lose(self, task: SwarmTask, peer: Peer) -> None:
+        with self._lock:
+            if peer.gone and not peer.finished:
+                self._leave_locked(task, peer)
+        self._after()
+
+    def _leave_locked(self, task: SwarmTask, peer: Peer) -> None:
+        """A client receives no more; what it has it still offers."""
+        peer.finished = True
+        self._scheduler.leave(task.task_id, peer.cid, self._clock())
 
     def _collect(self) -> None:
         """Forget tasks that nobody has asked for in a while.  Wire: 10.4"""
@@ -3663,15 +3756,14 @@ class Supernode(CdnEvents):
             idle = [t for t in self._tasks.values() if now > t.used_at + self._expire_s and t.cdn.state != CdnTask.RUNNING]
             for task in idle:
                 self._forget_locked(task)
-        for task in idle:
-            self._cdn.release(task.task_id)
         self._api.later(5.0, self._collect)
 
     def _forget_locked(self, task: SwarmTask) -> None:
         self._tasks.pop(task.task_id, None)
         self._scheduler.drop_task(task.task_id)
         if task.follower:
-            task.follower.stop()
+            task.follower.stop(0.0)
+        self._cdn.release(task.task_id)
         self.log.info("task %s is no longer in use", task.task_id)
 
     # -- register ------------------------------------------------------------------
@@ -3689,17 +3781,23 @@ class Supernode(CdnEvents):
             error = task.cdn.error
         if error:
             return self._register_failure(task, error)
-        waiting = task.cdn.store is None or request.state["credentials"] in task.checking
-        layout = None if waiting else task.cdn.store.layout
-        small = layout is not None and peer.native and layout.length is not None and layout.length <= SMALL
-        if (waiting or (small and not task.cdn.store.complete) or (layout and layout.length is None and task.cdn.state != CdnTask.SUCCESS
-                and peer.native and not task.cdn.store.have)) and not request.expired:
-            left = request.state["until"] - self._clock()
-            if left > 0:
-                return Park(("task", task.task_id), left)
-        if waiting and request.state["credentials"] in task.checking:
+        checking = request.state["credentials"] in task.checking
+        left = request.state["until"] - self._clock()
+        if left > 0 and not request.expired and (checking or self._worth_waiting(task, peer)):
+            return Park(("task", task.task_id), left)
+        if checking:
             return Response.of_json({"code": SYSTEM_ERROR, "msg": "the origin does not say whether this client may read %s" % task.url})
         return self._registered(task, peer, request)
+
+    @staticmethod
+    def _worth_waiting(task: SwarmTask, peer: Peer) -> bool:
+        """Return whether the answer to a register will soon say more than now: how long the file is, or what is in a small one."""
+        store = task.cdn.store
+        if not store or not peer.native:
+            return not store
+        if store.layout.length is None:
+            return task.cdn.state != CdnTask.SUCCESS and not store.have
+        return store.layout.length <= SMALL and not store.complete
 
     def _enter(self, request: Request, fields: Fields) -> None:
         """Check a register and take its client into its task.  Raises BadRequest."""
@@ -3747,7 +3845,6 @@ class Supernode(CdnEvents):
         now = self._clock()
         if task and task.cdn.state == CdnTask.FAILED and now > task.cdn.ended_at + self._cdn.retry_s:
             self._forget_locked(task)  # what its peers hold may be of another version of the file
-            self._cdn.release(task_id)
             task = None
         if not task:
             task = SwarmTask(task_id, url, md5, self._cdn.task(task_id, url, self))
@@ -3767,9 +3864,10 @@ class Supernode(CdnEvents):
         pattern = request.headers.get("x-dfly-pattern", "")
         self._scheduler.add_peer(task.task_id, peer.cid, (peer.ip, peer.port or peer.cid), locate(label, peer.ip), self._clock(),
                                  serves=peer.port > 0, legacy=not peer.native, seed_only=pattern == "cdn")
-        alone = [other for other in task.peers.values() if other.native and not other.finished and not other.eager and other is not peer]
-        for other in alone:  # it need not report each piece at once until now
-            self._notify(("peer", task.task_id, other.cid))
+        if self._scheduler.receivers(task.task_id) == 2:  # whoever was alone need not have reported each piece at once until now
+            for other in task.peers.values():
+                if other.native and not other.finished and other is not peer:
+                    self._notify(("peer", task.task_id, other.cid))
 
     def _prove(self, task: SwarmTask, origin: Origin, credentials: str) -> None:
         """Have the origin asked whether it would give the file to these credentials too.  Wire: 16 (2)"""
@@ -3894,8 +3992,7 @@ class Supernode(CdnEvents):
 
     def _leave(self, task: SwarmTask, peer: Peer) -> None:
         with self._lock:
-            peer.finished = True
-            self._scheduler.leave(task.task_id, peer.cid, self._clock())
+            self._leave_locked(task, peer)
 
     def _pull_answer(self, task: SwarmTask, peer: Peer, request: Request) -> Any:
         if task.cdn.state == CdnTask.FAILED:
@@ -3909,13 +4006,13 @@ class Supernode(CdnEvents):
         with self._lock:
             running = self._scheduler.inflight(task.task_id, peer.cid)
             if not finished:
-                self._scheduler.request(task.task_id, peer.cid, max(0, OLD_ROOM - len(running)), self._clock())
+                self._scheduler.request(task.task_id, peer.cid, OLD_ROOM, self._clock())
             fresh = self._scheduler.take(task.task_id, peer.cid)
-            peers = dict(task.peers)
+            pieces = [(a.num, task.peers.get(a.holder)) for a in fresh or running if a.holder == SEED or a.holder in task.peers]
         self._after()
-        pieces = [a for a in fresh or running if task.cdn.store.seal(a.num) and (a.holder == SEED or a.holder in peers)]
+        pieces = [(num, holder) for num, holder in pieces if task.cdn.store.seal(num)]
         if pieces:
-            return Response.of_json({"code": CONTINUE, "data": [self._piece_task(task, peer, peers, a) for a in pieces]})
+            return Response.of_json({"code": CONTINUE, "data": [self._piece_task(task, peer, num, holder) for num, holder in pieces]})
         return self._wait(request, ("peer", task.task_id, peer.cid), "peer should wait")
 
     def _wait(self, request: Request, key: Any, message: str) -> Any:
@@ -3938,19 +4035,17 @@ class Supernode(CdnEvents):
         self._leave(task, peer)
         return Response.of_json({"code": FINISH, "data": {"md5": digest, "fileLength": store.layout.wrapped_length}})
 
-    def _piece_task(self, task: SwarmTask, peer: Peer, peers: Dict[str, Peer], assignment: Assignment) -> Dict[str, Any]:
-        """Return one piece as an old client wants it.  Wire: 3.2"""
+    def _piece_task(self, task: SwarmTask, peer: Peer, num: int, holder: Optional[Peer]) -> Dict[str, Any]:
+        """Return one piece as an old client wants it; `holder` None: from ourselves.  Wire: 3.2"""
         store = task.cdn.store
         assert store
-        num = assignment.num
         piece = {"range": store.layout.range_text(num), "pieceNum": num, "pieceSize": store.layout.size, "pieceMd5": store.wrapped_md5(num),
                  "downLink": 0}
-        if assignment.holder == SEED:
+        if holder:
+            piece.update(cid=holder.cid, peerIp=holder.ip, peerPort=holder.port, path=holder.path)
+        else:
             piece.update(cid=task.cid, peerIp=peer.reach or self.ip, peerPort=self._pieces.address[1] if self._pieces else PIECE_PORT,
                          path=self._piece_path(task))
-        else:
-            holder = peers[assignment.holder]
-            piece.update(cid=holder.cid, peerIp=holder.ip, peerPort=holder.port, path=holder.path)
         return piece
 
     @staticmethod
@@ -4006,10 +4101,10 @@ class Supernode(CdnEvents):
     def sync(self, request: Request) -> Any:
         """POST /peer/sync: reports and requests in one, held until there is something to say.
 
-        Asked: {task, cid, done: [[num, holder, seconds, bytes]], failed: [[num, holder, why]], soon: [num], room, queue, have (hex
-        mask, first time), wait (seconds)}.  Answered: {code, length?, eager (others wait: report each piece
-        at once), holders: {cid: [ip, port, path]}, pieces: [[num, cid, seal?]]}; code 601 has pieces, 602 none (msg says
-        why), 600 ends it, 604 and 502 send the client on.
+        Asked: {task, cid, done: [[num, holder, seconds, bytes]], failed: [[num, holder, why]], soon: [num] (about to end), slots
+        (fetches at once), queue (more in advance), have (hex mask, first time), wait (seconds)}.  Answered: {code, length?,
+        eager (others wait: report each piece at once), holders: {cid: [ip, port, path]}, pieces: [[num, cid, seal?]]};
+        code 601 has pieces, 602 none (msg says why), 600 ends it, 604 and 502 send the client on.
         """
         state = request.state
         if "peer" not in state:
@@ -4032,7 +4127,7 @@ class Supernode(CdnEvents):
         answer = self._sync_answer(task, peer)
         left = state["until"] - self._clock()
         if answer["code"] == WAIT and not request.expired and left > 0 and answer["eager"] == peer.eager:
-            request.on_gone = lambda: setattr(peer, "gone", peer.turn == state["turn"])
+            request.on_gone = lambda: self._hung_up(task, peer, state["turn"])
             return Park(("peer", task.task_id, peer.cid), left)
         peer.eager = answer.get("eager", peer.eager)
         return Response.of_json(answer)
@@ -4047,7 +4142,7 @@ class Supernode(CdnEvents):
     def _sync_reports_locked(self, task: SwarmTask, peer: Peer, data: Dict[str, Any]) -> None:
         scheduler, now = self._scheduler, self._clock()
         done, failed, have = data.get("done", []), data.get("failed", []), data.get("have", "")
-        room, ahead = int(self._number(data, "room", 0, 64, 0)), int(self._number(data, "queue", 0, 256, 0))
+        slots, ahead = int(self._number(data, "slots", 0, 64, 0)), int(self._number(data, "queue", 0, 256, 0))
         count = task.cdn.store.layout.count if task.cdn.store else None
         most = (MAX_COUNT if count is None else count) - 1
         try:
@@ -4070,7 +4165,7 @@ class Supernode(CdnEvents):
                 scheduler.failed(task.task_id, peer.cid, int(num), self._holder_of(task, str(holder)), str(why)[:20], now)
         except (TypeError, ValueError) as error:
             raise BadRequest("done, failed or have: %.80s" % error)
-        scheduler.request(task.task_id, peer.cid, room, now, queue=ahead)
+        scheduler.request(task.task_id, peer.cid, slots, now, queue=ahead)
 
     def _sync_answer(self, task: SwarmTask, peer: Peer) -> Dict[str, Any]:
         if task.cdn.state == CdnTask.FAILED:
@@ -4080,15 +4175,13 @@ class Supernode(CdnEvents):
             store = task.cdn.store
             pieces = self._scheduler.take(task.task_id, peer.cid)
             finished = self._scheduler.finished(task.task_id, peer.cid)
-            others = any(not other.finished for other in task.peers.values() if other is not peer)
-            answer = {"code": CONTINUE if pieces else WAIT, "eager": others}  # type: Dict[str, Any]
+            answer = {"code": CONTINUE if pieces else WAIT, "eager": self._scheduler.others(task.task_id, peer.cid)}  # type: Dict[str, Any]
             if store and store.layout.length is not None:
                 answer["length"] = store.layout.length
             if pieces:
                 self._describe_locked(task, peer, pieces, answer)
             elif finished and store and store.layout.length is not None and (task.cdn.state == CdnTask.SUCCESS or not task.md5):
-                peer.finished = True
-                self._scheduler.leave(task.task_id, peer.cid, self._clock())
+                self._leave_locked(task, peer)
                 answer.update(code=FINISH, version=task.cdn.version)
             else:
                 answer["msg"] = self._why_waiting_locked(task, peer)
@@ -4196,14 +4289,15 @@ class Supernode(CdnEvents):
         known = layout.length is not None
         with self._lock:
             progress = self._scheduler.progress(task.task_id)
+            isolated = self._scheduler.isolated(task.task_id, self._clock())
             copies = self._scheduler.seed_copies(task.task_id)
+            peers = {peer.cid: {"requests": peer.requests, "finished": peer.finished, "isolated": peer.cid in isolated,
+                                "pieces": progress[peer.cid][0], "running": progress[peer.cid][1]} for peer in task.peers.values()}
         return Response.of_json({"ID": task.task_id, "cdnStatus": task.cdn.state, "fileLength": layout.wrapped_length if known else -1,
                                  "httpFileLength": layout.length if known else -1, "pieceSize": layout.size,
                                  "pieceTotal": layout.count or 0, "rawURL": task.url, "taskURL": task.url,
                                  "realMd5": task.follower.digest if task.follower else "", "seedCopies": copies,
-                                 "seedPieces": bin(task.cdn.store.have).count("1") if task.cdn.store else 0, "peers": {
-                                     peer.cid: {"requests": peer.requests, "finished": peer.finished, "pieces": progress.get(peer.cid, (0, 0))[0],
-                                                "running": progress.get(peer.cid, (0, 0))[1]} for peer in list(task.peers.values())}})
+                                 "seedPieces": bin(task.cdn.store.have).count("1") if task.cdn.store else 0, "peers": peers})
 
     def task_delete(self, request: Request) -> Response:
         """DELETE /api/v1/tasks/{id}, from this host only.  Wire: 4.6, 16 (1)"""
@@ -4278,6 +4372,7 @@ class Uploader:
         self._rates = {}  # type: Dict[str, Tuple[int, float]]  # what old downloads want, and when they asked
         self._busy_at = clock()
         self._total = total_limit
+        self._farewells = []  # type: List[threading.Thread]  # that are telling supernodes
         self.port = 0
         self.ended = threading.Event()  # time to go
 
@@ -4480,7 +4575,10 @@ class Uploader:
         for shared in tasks:
             if shared.store:
                 shared.store.close()
-        threading.Thread(target=self._say_down, args=(tasks,), name="dfly-down", daemon=True).start()
+        thread = threading.Thread(target=self._say_down, args=(tasks,), name="dfly-down", daemon=True)
+        thread.start()
+        with self._lock:
+            self._farewells = [other for other in self._farewells if other.is_alive()] + [thread]
 
     def _say_down(self, tasks: List[Shared]) -> None:
         pool = Pool(timeout_s=3.0, connect_s=1.0)
@@ -4496,13 +4594,12 @@ class Uploader:
         pool.close()
 
     def farewell(self) -> None:
-        """Tell every supernode that this host no longer serves anything."""
+        """Tell every supernode that this host no longer serves anything, within ten seconds."""
         with self._lock:
             tasks, self._tasks = list(self._tasks.values()), {}
-        self._say_down(tasks)
-        for shared in tasks:
-            if shared.store:
-                shared.store.close()
+        self._drop(tasks)
+        for thread in self._farewells:
+            thread.join(10.0)
 
 
 def socket_path(home: str) -> str:
@@ -4703,7 +4800,6 @@ class Fetchers:
         self.received = 0  # bytes, good or bad, to see whether anything moves
         self._lock = threading.Lock()
         self._claims = {}  # type: Dict[int, Tuple[threading.Lock, List[Any]]]  # who may write a piece
-        self._open_links = set()  # type: Set[HttpLink]  # in use now
         self._queue = queue.Queue()  # type: queue.Queue
         self._left = 0  # orders put and not ended
         self._stopping = False
@@ -4714,11 +4810,6 @@ class Fetchers:
         self._ending = set()  # type: Set[int]  # pieces whose end has been announced
         for thread in self._threads:
             thread.start()
-
-    @property
-    def room(self) -> int:
-        """How many more orders should be begun now."""
-        return max(0, self._count - self._left + len(self._ending))
 
     @property
     def left(self) -> int:
@@ -4747,9 +4838,7 @@ class Fetchers:
     def stop(self) -> None:
         """End the threads, also those that are waiting for somebody."""
         self._stopping = True
-        with self._lock:
-            for link in self._open_links:
-                link.interrupt()
+        self._pool.interrupt()
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
@@ -4800,43 +4889,18 @@ class Fetchers:
             parts = urlsplit(order.path)
             target = order.path.split(parts.netloc, 1)[1] if parts.netloc else order.path
         asked = time.monotonic()
-        link, reply = self._open(order, target, headers)
+        link, reply = self._pool.open(order.host, order.port, "GET", target, headers,
+                                      timeout_s=SEED_SILENCE_S if order.cid.startswith("cdnnode:") else PEER_SILENCE_S)
         self.delay += 0.2 * (time.monotonic() - asked - self.delay)
         good = False
         try:
             if reply.status not in (200, 206):
                 raise self._refused(order, reply.status)
-            link.set_timeout(SEED_SILENCE_S if order.cid.startswith("cdnnode:") else PEER_SILENCE_S)
             length = self._receive(order, reply, buffer)
             good = True
             return length
         finally:
-            with self._lock:
-                self._open_links.discard(link)
-            if good:
-                self._pool.done(link, reply)
-            else:
-                link.close()
-
-    def _open(self, order: Order, target: str, headers: List[Tuple[str, str]]) -> Tuple[HttpLink, Reply]:
-        seed = order.cid.startswith("cdnnode:")
-        while True:
-            link = self._pool.link(order.host, order.port)
-            kept = not link.fresh
-            with self._lock:
-                self._open_links.add(link)
-            try:
-                if self._stopping:
-                    raise NetworkError("the download ends")
-                link.set_timeout(SEED_SILENCE_S if seed else PEER_SILENCE_S)
-                link.send("GET", target, headers)
-                return link, link.reply()
-            except NetworkError as error:
-                with self._lock:
-                    self._open_links.discard(link)
-                link.close()
-                if not kept or self._stopping or isinstance(error, TimedOut):
-                    raise
+            self._pool.done(link, reply if good else None)
 
     @staticmethod
     def _refused(order: Order, status: int) -> DflyError:
@@ -4969,8 +5033,8 @@ class SyncLine:
     Two or three connections take turns, since an answer to the older sync may still be on its way.
     """
 
-    def __init__(self, registration: Registration, cid: str, reach: str, fetchers: Fetchers, store: TaskFile) -> None:
-        self._registration, self._cid, self._reach = registration, cid, reach
+    def __init__(self, registration: Registration, cid: str, fetchers: Fetchers, store: TaskFile) -> None:
+        self._registration, self._cid = registration, cid
         self._fetchers, self._store = fetchers, store
         self._node = registration.node
         self._idle = []  # type: List[HttpLink]
@@ -4990,17 +5054,16 @@ class SyncLine:
             self._soon.append(self._fetchers.endings.popleft().num)
         if not self._pending or (self._reports and (low or self._eager or any(o.error for o in self._reports))) or (
                 self._eager and self._soon):
-            self._send()
+            self._send(FETCHERS)
         for sock in self._fetchers.wait(limit_s, [link.sock for link in self._pending]):
             self._answer(next(link for link in self._pending if link.sock is sock))
 
-    def _send(self) -> None:
+    def _send(self, slots: int) -> None:
         done = [[o.order.num, o.order.cid, round(o.seconds, 4), o.length] for o in self._reports if not o.error]
         failed = [[o.order.num, o.order.cid, getattr(o.error, "why", "other")] for o in self._reports if o.error]
         soon, self._reports, self._soon = self._soon, [], []
-        room = self._fetchers.room
-        message = {"task": self._registration.task_id, "cid": self._cid, "done": done, "failed": failed, "soon": soon, "room": room,
-                   "queue": AHEAD if self._fetchers.left <= FETCHERS else 0}
+        message = {"task": self._registration.task_id, "cid": self._cid, "done": done, "failed": failed, "soon": soon, "slots": slots,
+                   "queue": AHEAD if slots and self._fetchers.left <= FETCHERS else 0}
         if self._have:
             message["have"] = "%x" % self._have
             self._have = 0
@@ -5062,7 +5125,7 @@ class SyncLine:
         try:
             self._reports += [o for o in self._fetchers.drain() if not o.error]
             if self._reports:
-                self._send()
+                self._send(0)
                 self._pending[-1].set_timeout(1.0)
                 self._pending[-1].reply().body()
         except NetworkError:
@@ -5076,7 +5139,7 @@ class PullLine:
 
     PAUSE_S = (0.05, 1.6)  # between polls, doubling
 
-    def __init__(self, registration: Registration, cid: str, reach: str, fetchers: Fetchers, store: TaskFile) -> None:
+    def __init__(self, registration: Registration, cid: str, fetchers: Fetchers, store: TaskFile) -> None:
         self._registration, self._cid = registration, cid
         self._fetchers, self._store = fetchers, store
         self._node = registration.node
@@ -5216,8 +5279,8 @@ class Progress:
         self._out, self._clock = out, clock
         self._bar = bar
         self._tty = bar and out.isatty()
-        self._drawn_at = self._began = self._moved_at = self._told_at = clock()
-        self._bytes = self._marked = 0
+        self._drawn_at = self._moved_at = self._told_at = clock()
+        self._bytes = 0
         self._marks = collections.deque()  # type: collections.deque  # (when, bytes), over the last seconds
         self.best = 0.0  # bytes per second in the fastest second: what this link can do at least
         self._width = 0
@@ -5493,10 +5556,10 @@ class Download:
                 "name": self.name, "task": registration.task_id, "cid": self.cid, "node": [registration.node.host, registration.node.port],
                 "pid": os.getpid(), "data": self.store.data, "journal": self.store.journal, "total": self.options.totallimit})
         fetchers = Fetchers(self.store, self.bucket, self.headers, FETCHERS, self.log)
-        line = (SyncLine if registration.native else PullLine)(registration, self.cid, self.reach, fetchers, self.store)
+        line = (SyncLine if registration.native else PullLine)(registration, self.cid, fetchers, self.store)
         try:
             self._loop(line, fetchers)
-            self._settle(fetchers)
+            self._settle()
             self._old_md5 = getattr(line, "md5", "")
             self._publish()
         finally:
@@ -5596,7 +5659,7 @@ class Download:
         return (store.about.get("task") == self.task_id and store.layout.size == size and known == version
                 and (length is None or store.layout.length in (None, length)))
 
-    def _settle(self, fetchers: Fetchers) -> None:
+    def _settle(self) -> None:
         """Read back what was written and drop what is not what arrived.  Raises WrongBytes."""
         store = self.store
         assert store and store.layout.count is not None
@@ -5666,33 +5729,25 @@ class Download:
             self._open_store(first.length, choose_piece_size(first.length), first.version)
         assert self.store
         self._deadline = self._clock() + self.options.timeout if self.options.timeout else None
-        start = self.store.kept_bytes
-        filler = Filler(self.origin, self.store, self.bucket, lambda num: self._source_piece(filler, start), stopped=self._late)
+        filler = Filler(self.origin, self.store, self.bucket, lambda num: self._source_piece(filler), stopped=self._late)
         try:
             filler.fill(first)
         except Stalled as error:
             raise Stalled("not finished within the %s allowed: %s" % (show_time(self.options.timeout), error))
         finally:
             self.bytes["origin"] += filler.read_bytes
-        self._settle_source()
+        self._settle()
         self._publish()
 
     def _late(self) -> bool:
         return self._deadline is not None and self._clock() > self._deadline
 
-    def _source_piece(self, filler: Filler, start: int) -> None:
+    def _source_piece(self, filler: Filler) -> None:
         assert self.store
         self.progress.show(filler.read_bytes, self.store.layout.length, self.kept, 0, 0.0, "waiting: the origin sends nothing")
         if self._md5:
             self._md5.nudge()
 
-    def _settle_source(self) -> None:
-        store = self.store
-        assert store and store.layout.count is not None
-        for num in range(store.layout.count):
-            if not store.reread(num, strong=False):
-                store.drop([num])
-                raise WrongBytes(store.data, "that of piece %d as it arrived" % num, "another")
 
     # -- the last lines --------------------------------------------------------------
 
@@ -5785,6 +5840,8 @@ def _parse(parser: Any, section: str, arguments: List[str]) -> Any:
             if value.lower() not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
                 raise BadUsage("[%s] %s: say true or false" % (section, key))
             parser.set_defaults(**{action.dest: value.lower() in ("true", "yes", "on", "1")})
+        elif isinstance(action.default, list) and action.type is None:  # a flag that may be repeated: one a line
+            parser.set_defaults(**{action.dest: value.splitlines()})
         else:
             parser.set_defaults(**{action.dest: value})
     options = parser.parse_args(arguments)
@@ -5846,8 +5903,7 @@ def run_get(arguments: List[str], old: bool) -> int:
         raise BadUsage("not an http(s) URL: %r" % options.url)
     if options.md5 and not re.match(r"^[0-9a-fA-F]{32}$", options.md5):
         raise BadUsage("not an MD5: %r" % options.md5)
-    if isinstance(options.cacerts, str):
-        options.cacerts = _csv(options.cacerts)
+
     try:
         download = Download(options)
     except BadRequest as error:

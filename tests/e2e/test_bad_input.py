@@ -84,8 +84,8 @@ def test_bad_calls_of_the_control_port_are_refused(unharmed):
         said_clearly(answer, path)
 
 
-SYNCS = [b"", b"{", b"[]", b"null", {"taskId": TASK, "cid": CID}, {"taskId": 5}, {"taskId": TASK, "cid": CID, "room": -1},
-         {"taskId": TASK, "cid": CID, "done": [[10 ** 30]], "room": 10 ** 30}, {"task": {}, "cid": [], "done": "x"}]
+SYNCS = [b"", b"{", b"[]", b"null", {"taskId": TASK, "cid": CID}, {"taskId": 5}, {"taskId": TASK, "cid": CID, "slots": -1},
+         {"taskId": TASK, "cid": CID, "done": [[10 ** 30]], "slots": 10 ** 30}, {"task": {}, "cid": [], "done": "x"}]
 
 
 def test_bad_syncs_are_refused(unharmed):

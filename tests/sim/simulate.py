@@ -47,7 +47,7 @@ class Host:
         self.running = 0              # orders it has and has not ended
         self.dead = self.bad = False
         self.joined = self.finished = None
-        self.soon = 0
+        self.ending = set()           # those of them whose end it has announced
         self.requests = 1             # control requests, register included
 
 
@@ -116,45 +116,44 @@ class Swarm:
         self.outcome(peer, flow.piece, holder, why, self.now - flow.began)
 
     def nearly(self, flow, version):
-        if flow.version == version and not flow.told and not flow.peer.dead:
+        if flow.version == version and not flow.told and not flow.peer.dead and len(flow.peer.ending) < self.o.fetchers - 1:
             flow.told = True
-            flow.peer.soon += 1
-            flow.peer.requests += 1
-            self.at(self.o.latency / 1e3, self.report_soon, flow.peer, flow.piece)
-
-    def report_soon(self, peer, num):
-        if not peer.dead and peer.finished is None:
-            self.s.soon("t", peer.name, num, self.now)
-            self.ask(peer)
+            flow.peer.ending.add(flow.piece)
+            self.say(flow.peer, self.soon, flow.piece)
 
     def outcome(self, peer, num, holder, why, seconds):
         """A peer has got a piece, or not: it tells the supernode."""
         peer.running -= 1
-        peer.requests += 1
-        self.at(self.o.latency / 1e3, self.report, peer, num, holder, why, seconds)
+        peer.ending.discard(num)
+        self.say(peer, self.report, num, holder, why, seconds)
 
     # -- control -------------------------------------------------------------------------------------------------
 
-    def report(self, peer, num, holder, why, seconds):
+    def say(self, peer, what, *facts):
+        """A sync leaves: with a fact, and with what the peer would queue as it knows it now."""
+        peer.requests += 1
+        self.at(self.o.latency / 1e3, self.hear, peer, 64 if peer.running <= self.o.fetchers else 0, what, facts)
+
+    def hear(self, peer, queue, what, facts):
         if peer.dead or peer.finished is not None:
             return
+        what(peer, *facts)
+        if self.s.finished("t", peer.name):
+            peer.finished = self.now
+            self.s.leave("t", peer.name, self.now)
+        else:
+            self.s.request("t", peer.name, self.o.fetchers, self.now, queue=queue)
+        self.deliver()
+
+    def soon(self, peer, num):
+        self.s.soon("t", peer.name, num, self.now)
+
+    def report(self, peer, num, holder, why, seconds):
         if why:
             self.wrong += why == dfly.WRONG_BYTES
             self.s.failed("t", peer.name, num, holder.name, why, self.now)
         else:
             self.s.done("t", peer.name, num, self.now, holder=holder.name, seconds=seconds, nbytes=self.layout.stride)
-        self.ask(peer)
-
-    def ask(self, peer):
-        if self.s.finished("t", peer.name):
-            if peer.finished is None:
-                peer.finished = self.now
-                self.s.leave("t", peer.name, self.now)
-        else:
-            room = max(0, self.o.fetchers - self.s.busy("t", peer.name))
-            self.s.request("t", peer.name, room, self.now,
-                           queue=64 if len(self.s.inflight("t", peer.name)) <= self.o.fetchers else 0)
-        self.deliver()
 
     def deliver(self):
         for _, name in self.s.woken():
@@ -198,7 +197,7 @@ class Swarm:
         peer.joined = self.now
         rack = peer.rack if peer.rack is not None else 0
         self.s.add_peer("t", peer.name, peer.name, ("site", "rack%d" % rack), self.now)
-        self.ask(peer)
+        self.hear(peer, 64, lambda peer: None, ())
 
     def kill(self, peer):
         peer.dead = True
@@ -263,7 +262,7 @@ def parser():
             ("origin-rate", 0, int, "Mbit/s from the origin"), ("latency", 5.0, float, "ms, one way"), ("racks", 0, int, ""), ("core", 0, int, "Mbit/s of a rack link"),
             ("stagger", 0.0, float, "s between joins"), ("jitter", 0.2, float, "s over which all join"), ("kill", 0, int, "peers killed at a third"),
             ("bad", 0, int, "peers that serve wrong bytes"), ("slow", 0, int, "every n-th host has a quarter of the rate"), ("fetchers", 3, int, ""),
-            ("ahead", 20.0, float, "ms; 0: never"), ("up-slots", 3, int, ""), ("seed-slots", 3, int, ""), ("tick", 0.1, float, "s"), ("seed", 1, int, "")):
+            ("ahead", 20.0, float, "ms; 0: never"), ("up-slots", 3, int, ""), ("seed-slots", 3, int, ""), ("tick", dfly.TICK_S, float, "s"), ("seed", 1, int, "")):
         p.add_argument("--" + name, type=kind, default=default, help=text)
     p.add_argument("--warm", action="store_true", help="the supernode has the file already")
     return p
