@@ -1466,6 +1466,7 @@ class HttpLink:
         self.host, self.port = host, port
         self.sock = connect(host, port, connect_s)
         self.fresh = True  # no answer has come over it yet
+        self.follower = None  # type: Optional[Follower]  # the place behind an answer that is about to end; its pool's
         self._ahead = b""  # bytes read behind a head
         self._timeout_s = 0.0
         self.set_timeout(timeout_s)
@@ -1576,10 +1577,24 @@ class HttpLink:
         return Reply(self, int(match.group(2)), headers, match.group(1) == "0")
 
 
+class Follower:
+    """The place behind an answer that is about to end: who takes it sends his request at once, and reads when it is his turn.
+
+    So the server goes on without a pause, and the connection keeps its pace.
+    """
+
+    def __init__(self, link: HttpLink) -> None:
+        self.link = link
+        self.taken = False
+        self.usable = True  # the next answer on the connection will be the taker's
+        self.turn = threading.Event()
+
+
 class Pool:
-    """Kept-alive connections to many servers, for many threads.  _lock guards _idle, _busy and _ended."""
+    """Kept-alive connections to many servers, for many threads.  _lock guards _idle, _busy, _ended and the followers."""
 
     KEEP = 4  # idle connections kept for one server
+    TURN_S = 60.0  # longest wait behind another answer
 
     def __init__(self, timeout_s: float = 10.0, connect_s: float = 3.0) -> None:
         self.timeout_s, self.connect_s = timeout_s, connect_s  # of silence, of connecting
@@ -1596,16 +1611,43 @@ class Pool:
         is replaced.  Raises NetworkError, TimedOut.
         """
         while True:
-            link = self._link(host, port)
+            link = self._behind(host, port, (method, target, headers, body))
+            ahead = link is not None
+            link = link or self._link(host, port)
             kept = not link.fresh
             try:
                 link.set_timeout(timeout_s or self.timeout_s)
-                link.send(method, target, headers, body)
+                if not ahead:
+                    link.send(method, target, headers, body)
                 return link, link.reply()
             except NetworkError as error:
                 self.done(link, None)
                 if not kept or self._ended or isinstance(error, TimedOut):
                     raise
+
+    def ending(self, link: HttpLink, reply: Reply) -> None:
+        """Let another thread send its request on `link` already, whose answer is about to end."""
+        with self._lock:
+            if reply.keep and reply.length is not None:
+                link.follower = Follower(link)
+
+    def _behind(self, host: str, port: int, request: Any) -> Optional[HttpLink]:
+        """Send a request behind an answer that is about to end, wait for that, and return the connection; None if there is none."""
+        with self._lock:
+            found = next((link.follower for link in self._busy if link.follower and not link.follower.taken
+                          and (link.host, link.port) == (host, port)), None)
+            if not found:
+                return None
+            found.taken = True
+        try:
+            found.link.send(*request)
+        except NetworkError:  # whoever reads in front meets the same
+            found.usable = False
+        ours = found.turn.wait(self.TURN_S)
+        with self._lock:
+            ours = ours and found.usable
+            found.usable = False  # if the answer in front ends later than that, nobody waits for it any more
+        return found.link if ours else None
 
     def ask(self, host: str, port: int, method: str, target: str, headers: Any = (), body: bytes = b"") -> Tuple[int, bytes]:
         """Send a request and return (status, body).  Raises NetworkError, TimedOut."""
@@ -1632,9 +1674,16 @@ class Pool:
     def done(self, link: HttpLink, reply: Optional[Reply]) -> None:
         """Keep the connection if it can be used again, else (and without a reply) hang up."""
         with self._lock:
+            good = bool(reply and reply.reusable and not self._ended)
+            follower, link.follower = link.follower, None
+            if follower and follower.taken:
+                follower.usable = good = good and follower.usable
+                follower.turn.set()
+                if good:
+                    return
             self._busy.discard(link)
             links = self._idle[link.host, link.port]
-            if reply and reply.reusable and not self._ended and len(links) < self.KEEP:
+            if good and len(links) < self.KEEP:
                 links.append(link)
                 return
         link.close()
@@ -2735,8 +2784,8 @@ class Scheduler:
             peer.task.direct.discard(peer)
         peer.slots = peer.queue = 0
         peer.mail = []
-        for num in list(peer.flights):
-            self._land(peer, num)
+        for flight in list(peer.flights.values()):
+            self._land(peer, flight)
         self._index(peer, now)
 
     def _peer(self, task_id: str, cid: str) -> Optional[_Peer]:
@@ -2767,7 +2816,8 @@ class Scheduler:
         if not peer:
             return
         flight = peer.flights.get(num)
-        source = self._land(peer, num) if flight else None
+        if flight:
+            self._land(peer, flight)
         if not peer.have >> num & 1:
             peer.have |= 1 << num
             peer.task.known(1 << num)
@@ -2777,8 +2827,8 @@ class Scheduler:
         if holder is not None:
             self._praise(peer, self._peer(task_id, holder), flight, seconds, nbytes, now)
         self._index(peer, now)
+        self._reuse(peer, flight, now)
         self._use(peer, now)
-        self._reuse(peer.task, source, flight, now)
 
     def soon(self, task_id: str, cid: str, num: int, now: float) -> None:
         """Piece `num` is about to arrive: its slots are as good as free, so that the next fetch is on its way by then."""
@@ -2791,7 +2841,7 @@ class Scheduler:
         self._index(peer, now)
         if flight.slot:
             self._release(peer, flight)
-            self._reuse(peer.task, flight.holder, flight, now)
+            self._reuse(peer, flight, now)
 
     def failed(self, task_id: str, cid: str, num: int, holder: str, why: str, now: float) -> None:
         """A client could not get piece `num` from `holder`, because of `why`."""
@@ -2800,24 +2850,31 @@ class Scheduler:
             return
         flight = peer.flights.get(num)
         if flight and (flight.holder.cid if flight.holder else SEED) == holder:
-            self._land(peer, num)
+            self._land(peer, flight)
         if holder == SEED:
             peer.seed_retry_at = now + 0.2
         else:
             self._blame(peer, self._peer(task_id, holder), holder, why, now)
         self._index(peer, now)
-        self._reuse(peer.task, self._peer(task_id, holder), flight, now)
+        self._reuse(peer, flight, now)
         self._serve(peer, now)
 
-    def _reuse(self, task: _Task, holder: Optional[_Peer], flight: Optional[_Flight], now: float) -> None:
-        """An upload has ended: begin another from the same holder."""
+    def _reuse(self, peer: _Peer, flight: Optional[_Flight], now: float) -> None:
+        """An upload to `peer` has ended, or is about to: begin another from the same holder, if it can be to the same
+        receiver, whose connection to it is warm."""
         if not flight:
             return
-        if flight.holder is None:
-            self._feed(task, now)
+        holder = flight.holder  # the seed's turns go by who has least, not by whose connection is warm
+        if holder and holder.places[-1] is peer.places[-1] and peer.room > 0 and self._free(holder, now):
+            nums = self._allowed(peer, holder, now)
+            if nums:
+                self._launch(peer, holder, peer.task.rarest(nums, self._rng), now)
+                self._index(peer, now)
+        if not holder:
+            self._feed(peer.task, now)
             return
-        for peer in self._rotated(flight.holder.host.peers):
-            self._use(peer, now)
+        for other in self._rotated(holder.host.peers):
+            self._use(other, now)
 
     def _rotated(self, peers: List[_Peer]) -> List[_Peer]:
         """Return the peers of one host beginning anywhere, so that its tasks get even shares of its slots."""
@@ -2908,14 +2965,13 @@ class Scheduler:
             for other in holder.host.peers:
                 self._index(other, now)
 
-    def _land(self, peer: _Peer, num: int) -> Optional[_Peer]:
-        """A flight has ended, however; return its holder."""
-        flight = peer.flights.pop(num)
-        peer.asked &= ~(1 << num)
+    def _land(self, peer: _Peer, flight: _Flight) -> None:
+        """A flight has ended, however."""
+        del peer.flights[flight.num]
+        peer.asked &= ~(1 << flight.num)
         peer.busy -= 0 if flight.ending else 1
-        peer.task.change(peer, num, -1)
+        peer.task.change(peer, flight.num, -1)
         self._release(peer, flight)
-        return flight.holder
 
     @staticmethod
     def _release(peer: _Peer, flight: _Flight) -> None:
@@ -3107,7 +3163,7 @@ class Scheduler:
         for flight in list(peer.flights.values()):
             limit = self.LOST_S if not flight.slot else late if ending else max(10.0, 3 * late)
             if now - flight.since > limit:
-                self._land(peer, flight.num)
+                self._land(peer, flight)
                 if flight.holder:
                     peer.blocked[flight.holder.cid] = now + 2 * late
                     self._use(flight.holder, now)
@@ -4740,7 +4796,7 @@ def _fork_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: floa
 # ==============================================================================
 
 FETCHERS = 3  # pieces under way at once, as many as a peer uploads: where all have as many, the links share out evenly
-AHEAD_S = 0.05  # how long before its end a piece is announced, at most: more puts ever more under way, all of them slower
+AHEAD_S = 0.1  # how long before its end a piece is announced, at most: more puts ever more under way, all of them slower
 AHEAD = 64  # pieces a lone download may have been promised beyond those
 PEER_SILENCE_S = 3.0  # from a peer, before its piece is asked for elsewhere
 SEED_SILENCE_S = 30.0  # from a supernode, which holds a request until the origin has sent that far
@@ -4759,6 +4815,11 @@ class Order(NamedTuple):
     digest: str
     range_text: str
     plain: bool = False  # `cdnSource: source`: unwrapped bytes from the origin itself.  Wire: 5.4
+
+    @property
+    def old(self) -> bool:
+        """Whether the digest is the MD5 of the wrapped piece."""
+        return bool(self.digest) and not self.digest.startswith("sha256:")
 
 
 class Outcome(NamedTuple):
@@ -4793,7 +4854,7 @@ class Fetchers:
         self._store, self._bucket, self._headers, self._log = store, bucket, headers, log
         self.outcomes = collections.deque()  # type: collections.deque
         self.endings = collections.deque()  # type: collections.deque  # orders that are about to end well
-        self.delay = 0.0  # seconds from a request to its first byte, averaged
+
         self.wake_fd, self._wake_w = os.pipe()
         self.bytes = collections.Counter()  # type: Dict[str, int]  # plain bytes of good pieces, by kind of holder
         self.holders = collections.Counter()  # type: Dict[str, int]  # the same by address
@@ -4888,19 +4949,22 @@ class Fetchers:
             headers.append(("cdnSource", "source"))
             parts = urlsplit(order.path)
             target = order.path.split(parts.netloc, 1)[1] if parts.netloc else order.path
-        asked = time.monotonic()
         link, reply = self._pool.open(order.host, order.port, "GET", target, headers,
                                       timeout_s=SEED_SILENCE_S if order.cid.startswith("cdnnode:") else PEER_SILENCE_S)
-        self.delay += 0.2 * (time.monotonic() - asked - self.delay)
-        good = False
+        digest = self._digest(order)
+        claim = self._claim(order)
         try:
             if reply.status not in (200, 206):
                 raise self._refused(order, reply.status)
-            length = self._receive(order, reply, buffer)
-            good = True
-            return length
+            frame = self._receive(order, link, reply, buffer, digest, claim)
         finally:
-            self._pool.done(link, reply if good else None)
+            self._pool.done(link, reply)
+        seal = self._check(order, reply, digest, frame)
+        return seal.length if self._commit(order, claim, seal) else 0
+
+    def _digest(self, order: Order) -> PieceDigest:
+        """Return what digests the piece as its check needs it."""
+        return PieceDigest(piece_head(self._length_of(order), self._store.layout.size) if order.old else b"", reread=True)
 
     @staticmethod
     def _refused(order: Order, status: int) -> DflyError:
@@ -4908,55 +4972,45 @@ class Fetchers:
         error.why = "gone" if status in (404, 416) else "other"
         return error
 
-    def _receive(self, order: Order, reply: Reply, buffer: Any) -> int:
-        """Read the wrapped piece, digest it, write it; raises WrongBytes, NetworkError, NoSpace."""
-        layout = self._store.layout
-        offset = order.num * layout.stride
-        wrapped = not order.plain
-        expected = self._length_of(order)
-        total = expected + WRAP if wrapped else expected
-        old = bool(order.digest) and not order.digest.startswith("sha256:")
-        digest = PieceDigest(piece_head(expected, layout.size) if old else b"", reread=True)
-        first, got, lock, began = b"", 0, self._claim(order), time.monotonic()
+    def _receive(self, order: Order, link: HttpLink, reply: Reply, buffer: Any, digest: PieceDigest, claim: Any) -> bytes:
+        """Read a piece, digest it, write it; return its head and tail.  Raises NetworkError, NoSpace, CannotWrite."""
+        offset = order.num * self._store.layout.stride
+        head, expected = 0 if order.plain else 4, self._length_of(order)
+        total = expected if order.plain else expected + WRAP
+        frame, got, began = b"", 0, time.monotonic()
         while got < total:
             if self._stopping or self._store.have >> order.num & 1:
-                return self._give_up(order)
-            chunk = self._watch_pace(order, got, total, began)
-            self._bucket.take(min(total - got, self._bucket.chunk(chunk)))
-            count = reply.read_into(buffer[:min(total - got, self._bucket.chunk(chunk))])
+                raise _Superseded("piece %d is here already, or the download ends" % order.num)
+            most = min(total - got, self._bucket.chunk(self._watch_pace(order, link, reply, total - got, began)))
+            self._bucket.take(most)
+            count = reply.read_into(buffer[:most])
             if not count:
-                break
+                raise self._short(order, got, total)
             self.received += count
-            view = buffer[:count]
-            if wrapped:
-                skip = max(0, 4 - got)
-                first += bytes(view[:skip])
-                view = view[skip:max(skip, expected + 4 - got)]
+            begin, end = max(0, head - got), max(0, head + expected - got)  # of the plain bytes among these
+            frame += bytes(buffer[:min(begin, count)]) + bytes(buffer[max(begin, end):count])
+            view = buffer[begin:min(end, count)]
             if len(view):
                 digest.update(view)
-                self._write(order, lock, offset + max(0, got - 4 if wrapped else got), view)
+                self._write(order, claim, offset + max(0, got - head), view)
             got += count
-        if got < total:
-            raise self._short(order, got, total)
-        seal = self._check(order, reply, digest, old, first, expected)
-        if not self._commit(order, lock, seal):
-            return 0
-        return expected
+        return frame
 
-    def _watch_pace(self, order: Order, got: int, total: int, began: float) -> int:
+    def _watch_pace(self, order: Order, link: HttpLink, reply: Reply, left: int, began: float) -> int:
         """Announce the end of a piece when it is as far off as the answer to a request; return how much to read next."""
+        got = (reply.length or 0) - left
         pace = got / max(time.monotonic() - began, 1e-4)
-        left_s = (total - got) / pace if got else 1e9
-        if 0.005 < left_s < min(2 * self.delay, AHEAD_S) and order.num not in self._ending and len(self._ending) < self._count - 1:
+        if got and pace * 0.005 < left < pace * AHEAD_S and order.num not in self._ending and len(self._ending) < self._count - 1:
             with self._lock:
                 self._ending.add(order.num)
+            self._pool.ending(link, reply)
             self.endings.append(order)
             os.write(self._wake_w, b"x")
         return int(min(CHUNK, max(CHUNK / 4, pace * 0.02)))
 
     def _length_of(self, order: Order) -> int:
         """Return the plain bytes the piece must have."""
-        if ":" in order.digest and not order.digest.startswith("sha256:"):
+        if order.old:
             return int(order.digest.rpartition(":")[2]) - WRAP
         start, _, end = order.range_text.partition("-")
         return int(end) - int(start) + 1 - (0 if order.plain else WRAP)
@@ -4967,11 +5021,13 @@ class Fetchers:
         error.why = "other"
         return error
 
-    def _check(self, order: Order, reply: Reply, digest: PieceDigest, old: bool, first: bytes, expected: int) -> Seal:
+    def _check(self, order: Order, reply: Reply, digest: PieceDigest, frame: bytes) -> Seal:
         """Return the piece's seal if it is what it must be.  Raises WrongBytes."""
         seal = digest.seal()
         what = "piece %d from %s" % (order.num, join_host(order.host, order.port))
-        if old:
+        if order.old:
+            if frame != piece_head(seal.length, self._store.layout.size) + TAIL:
+                raise WrongBytes(what, "head and tail of %d bytes" % seal.length, frame.hex())
             got = digest.wrapped_md5()
             if got != order.digest:
                 raise WrongBytes(what, order.digest, got)
@@ -5003,9 +5059,6 @@ class Fetchers:
                 return False
             self._store.seal_piece(order.num, seal)
             return True
-
-    def _give_up(self, order: Order) -> int:
-        raise _Superseded("piece %d is here already, or the download ends" % order.num)
 
 
 class _Superseded(DflyError):

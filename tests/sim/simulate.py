@@ -37,6 +37,7 @@ class Flow:
         self.piece, self.holder, self.peer, self.links, self.size = piece, holder, peer, links, size
         self.left, self.at, self.rate, self.version, self.began = float(size), 0.0, 0.0, 0, 0.0
         self.told = False
+        self.next = None              # the piece that follows on the same connection
 
 
 class Host:
@@ -86,9 +87,31 @@ class Swarm:
             link.flows.add(flow)
         self.retime({f for link in flow.links for f in link.flows})
 
+    def fair(self, flows):
+        """Return the max-min fair rate of every flow that has to do with these, as TCP shares links out in the long run."""
+        rates, todo = {}, set(flows)
+        while True:
+            more = {f for flow in todo for link in flow.links for f in link.flows} - todo
+            if not more:
+                break
+            todo |= more
+        left = {link: [link.rate, len(link.flows)] for flow in todo for link in flow.links}
+        while todo:
+            tight = min(left, key=lambda link: left[link][0] / left[link][1])
+            rate = left[tight][0] / left[tight][1]
+            for flow in [f for f in tight.flows if f in todo]:
+                rates[flow] = rate
+                todo.discard(flow)
+                for link in flow.links:
+                    left[link][0] -= rate
+                    left[link][1] -= 1
+                    if not left[link][1]:
+                        del left[link]
+        return rates
+
     def retime(self, flows):
-        for flow in flows:
-            rate = min(link.share() for link in flow.links)
+        rates = self.fair(flows) if self.o.fair else {flow: min(link.share() for link in flow.links) for flow in flows}
+        for flow, rate in rates.items():
             if rate == flow.rate:
                 continue
             flow.left -= flow.rate * (self.now - flow.at)
@@ -112,6 +135,8 @@ class Swarm:
         holder, peer = flow.holder, flow.peer
         if peer.dead:
             return
+        if flow.next is not None:
+            self.requested(peer, flow.next, holder, warm=True)
         why = dfly.WRONG_BYTES if holder.bad else None
         self.outcome(peer, flow.piece, holder, why, self.now - flow.began)
 
@@ -166,20 +191,23 @@ class Swarm:
         if not peer.dead:
             self.at(self.o.latency / 1e3, self.requested, peer, num, holder)
 
-    def requested(self, peer, num, holder):
+    def requested(self, peer, num, holder, warm=False):
         if holder.dead:
             self.outcome(peer, num, holder, dfly.REFUSED, 0.0)
             return
         if holder is self.seed and not self.seeded >> num & 1:
             self.held.append((peer, num))
             return
+        before = next((f for f in peer.down.flows if f.holder is holder and f.told and f.next is None), None)
+        if before:
+            before.next = num
+            return
         links = [holder.up, peer.down]
         if self.racks and holder.rack != peer.rack:
             if holder.rack is not None:
                 links.append(self.racks[holder.rack][0])
             links.append(self.racks[peer.rack][1])
-        flow = Flow(num, holder, peer, links, self.layout.content_range(num)[1] + dfly.WRAP)
-        self.start(flow)
+        self.at(0.0 if warm else self.o.ramp / 1e3, self.start, Flow(num, holder, peer, links, self.layout.content_range(num)[1] + dfly.WRAP))
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -262,8 +290,9 @@ def parser():
             ("origin-rate", 0, int, "Mbit/s from the origin"), ("latency", 5.0, float, "ms, one way"), ("racks", 0, int, ""), ("core", 0, int, "Mbit/s of a rack link"),
             ("stagger", 0.0, float, "s between joins"), ("jitter", 0.2, float, "s over which all join"), ("kill", 0, int, "peers killed at a third"),
             ("bad", 0, int, "peers that serve wrong bytes"), ("slow", 0, int, "every n-th host has a quarter of the rate"), ("fetchers", 3, int, ""),
-            ("ahead", 20.0, float, "ms; 0: never"), ("up-slots", 3, int, ""), ("seed-slots", 3, int, ""), ("tick", dfly.TICK_S, float, "s"), ("seed", 1, int, "")):
+            ("ahead", 20.0, float, "ms; 0: never"), ("ramp", 0.0, float, "ms until a connection that was idle moves bytes"), ("up-slots", 3, int, ""), ("seed-slots", 3, int, ""), ("tick", dfly.TICK_S, float, "s"), ("seed", 1, int, "")):
         p.add_argument("--" + name, type=kind, default=default, help=text)
+    p.add_argument("--fair", action="store_true", help="share links out max-min fairly, not by the smallest equal share (slow)")
     p.add_argument("--warm", action="store_true", help="the supernode has the file already")
     return p
 
