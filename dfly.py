@@ -2592,6 +2592,7 @@ class _Host:
         self.key = key
         self.uploads = 0  # under way
         self.peers = []  # type: List[_Peer]
+        self.partners = {}  # type: Dict[_Host, int]  # those it has exchanged pieces with -> how near they are (_common)
         self.speed = 0.0  # bytes/s of one upload, averaged over the last few
 
 
@@ -2631,7 +2632,8 @@ class _Peer:
         self.accusers = {}  # type: Dict[str, int]  # receiver -> failures it reported
         self.accused = set()  # type: Set[str]  # holders it said were sending wrong bytes
         self.suspended_until = 0.0
-        self.isolations = 0  # how often it was isolated: each time for longer
+        self.suspensions = 0  # one after the other, without a good upload in between
+        self.isolations = 0  # how often it sent wrong bytes to several: each time it is out for longer
         self.seed_retry_at = 0.0
         self.duration = 0.0  # seconds a fetch takes it, averaged
 
@@ -2723,6 +2725,7 @@ class Scheduler:
     SEED_COPIES = 1.2  # that the seed sends at most to swarms that could do without
     SPARE_SEED_SLOTS = 2  # for those
     SUSPEND_S, ISOLATE_S = 3.0, 60.0
+    PARTNERS = 12  # hosts in its rack (and elsewhere in its site, and elsewhere) that one looks for; it is found by half as many more
 
     def __init__(self, up_slots: int = 3, seed_slots: int = 3, rng: Optional[random.Random] = None) -> None:
         self._up_slots, self._seed_slots = up_slots, seed_slots
@@ -2792,6 +2795,7 @@ class Scheduler:
         peer.host.peers.remove(peer)
         if not peer.host.peers:
             self._hosts.pop(peer.host.key, None)
+            self._part(peer.host)
 
     def leave(self, task_id: str, cid: str, now: float) -> None:
         """A client receives no more, but what it has it still offers."""
@@ -2816,6 +2820,8 @@ class Scheduler:
         peer.mail = []
         for flight in list(peer.flights.values()):
             self._land(peer, flight)
+        if not any(other.receiving for other in peer.host.peers):
+            self._part(peer.host)
         self._index(peer, now)
 
     def _peer(self, task_id: str, cid: str) -> Optional[_Peer]:
@@ -2924,6 +2930,7 @@ class Scheduler:
             peer.duration = 0.7 * peer.duration + 0.3 * took if peer.duration else took
         if holder:
             holder.accusers.clear()
+            holder.suspensions = 0
             if seconds and nbytes:
                 speed = nbytes / seconds
                 holder.host.speed = 0.7 * holder.host.speed + 0.3 * speed if holder.host.speed else speed
@@ -2942,7 +2949,7 @@ class Scheduler:
 
     def _blame(self, peer: _Peer, holder: Optional[_Peer], cid: str, why: str, now: float) -> None:
         """Draw the conclusions from a failure."""
-        peer.blocked[cid] = now + (1.0 if why == OTHER else self.SUSPEND_S if why == GONE else self.ISOLATE_S)
+        peer.blocked[cid] = now + (1.0 if why == OTHER else self.ISOLATE_S if why in (REFUSED, WRONG_BYTES) else self.SUSPEND_S)
         if not holder:
             return
         holder.accusers[peer.cid] = holder.accusers.get(peer.cid, 0) + 1
@@ -2951,21 +2958,27 @@ class Scheduler:
             if len(peer.accused) > 3:  # who finds everybody wrong is wrong himself
                 return
         reports, accusers = sum(holder.accusers.values()), len(holder.accusers)
-        if why in (REFUSED, STALLED):
-            holder.suspended_until = max(holder.suspended_until, now + self.SUSPEND_S)
-        plain = why in (REFUSED, STALLED, WRONG_BYTES)  # the others happen to good holders, too
-        if (accusers >= 2 and plain) or reports >= (3 if plain else 6):
-            holder.suspended_until = now + self.ISOLATE_S * 2 ** min(holder.isolations, 4)
+        if why == WRONG_BYTES and (accusers >= 2 or reports >= 3):
+            self._suspend(holder, now, self.ISOLATE_S * 2 ** min(holder.isolations, 4))
             holder.isolations += 1
-            holder.accusers.clear()
-        if holder.suspended_until > now:
-            self._count(holder, False)
+        elif holder.suspended_until <= now and (why in (REFUSED, STALLED) or reports >= 6):
+            # Many may say so at once, of many, when a switch or a tracker of connections is overrun: so a short while first
+            holder.suspensions += 1
+            self._suspend(holder, now, self.SUSPEND_S * 2 ** min(holder.suspensions - 1, 5))
+
+    def _suspend(self, holder: _Peer, now: float, seconds: float) -> None:
+        """Have a holder serve nobody for a while."""
+        holder.suspended_until = max(holder.suspended_until, now + seconds)
+        holder.accusers.clear()
+        self._count(holder, False)
+        self._part(holder.host)
         self._index(holder, now)
 
     def isolated(self, task_id: str, now: float) -> Set[str]:
-        """Return the cids that serve nobody at present because of what they did."""
+        """Return the cids that serve nobody at present because of what they did again and again."""
         task = self._tasks.get(task_id)
-        return {peer.cid for peer in task.peers.values() if peer.isolations and peer.suspended_until > now} if task else set()
+        return {peer.cid for peer in task.peers.values()
+                if peer.suspended_until > now and (peer.isolations or peer.suspensions > 2)} if task else set()
 
     # -- flights ---------------------------------------------------------------
 
@@ -2977,6 +2990,7 @@ class Scheduler:
         for place in crossed:
             place.entering += 1
         if holder:
+            peer.host.partners[holder.host] = holder.host.partners[peer.host] = common
             if slot:
                 holder.host.uploads += 1
                 for place in holder.places[common:]:
@@ -3018,6 +3032,22 @@ class Scheduler:
         else:
             peer.task.seed_uploads -= 1
 
+    # -- partners ----------------------------------------------------------------
+    # Who talks with few has warm connections, and a thousand hosts don't fill each other's tables of neighbours and
+    # connections (Linux has room for 1,024 neighbours).  A random graph of eight is as good as one of all.
+
+    def _may_meet(self, host: _Host, other: _Host, common: int) -> bool:
+        """Return whether a host may begin to fetch from one more."""
+        return (sum(1 for near in host.partners.values() if near == common) < self.PARTNERS
+                and sum(1 for near in other.partners.values() if near == common) < 1.5 * self.PARTNERS)
+
+    @staticmethod
+    def _part(host: _Host) -> None:
+        """A host has nothing more to fetch, or is better avoided, or chooses anew."""
+        for other in host.partners:
+            other.partners.pop(host, None)
+        host.partners.clear()
+
     # -- matching ----------------------------------------------------------------
 
     def _index(self, peer: _Peer, now: float) -> None:
@@ -3044,6 +3074,8 @@ class Scheduler:
             if peer.legacy:
                 nums &= task.seeded
         common = _common(peer, holder)
+        if holder is not None and holder.host not in peer.host.partners and not self._may_meet(peer.host, holder.host, common):
+            return 0
         if holder is None and task.count is not None and not task.all & ~task.swarm.present and task.seed_sent < self.SEED_COPIES * task.count:
             return nums  # all is out: now the seed is a holder like any other
         for place in peer.places[common:]:
@@ -3199,6 +3231,7 @@ class Scheduler:
                     self._use(flight.holder, now)
         if peer.room > 0 and not peer.flights:
             peer.idle_since = peer.idle_since if peer.idle_since is not None else now
+            self._part(peer.host)
             self._serve(peer, now)
             starving = now - peer.idle_since > max(self.STARVE_S, 6 * task.duration) if peer.idle_since is not None else False
             if starving and self._second_copy(peer, now):

@@ -50,6 +50,7 @@ class Host:
         self.joined = self.finished = None
         self.ending = set()           # those of them whose end it has announced
         self.requests = 1             # control requests, register included
+        self.met = set()              # hosts it has sent to or fetched from
 
 
 class Swarm:
@@ -192,6 +193,8 @@ class Swarm:
             self.at(self.o.latency / 1e3, self.requested, peer, num, holder)
 
     def requested(self, peer, num, holder, warm=False):
+        peer.met.add(holder.name)
+        holder.met.add(peer.name)
         if holder.dead:
             self.outcome(peer, num, holder, dfly.REFUSED, 0.0)
             return
@@ -279,7 +282,7 @@ class Swarm:
                     times[min(len(times) - 1, int(len(times) * .999))] / times[len(times) // 2], 4),
                 "seed_copies": round(self.seed.up.bytes / self.length, 3),
                 "rack_copies": round(sum(d.bytes for _, d in self.racks) / self.length / len(self.racks), 3) if self.racks else None,
-                "requests": round(sum(h.requests for h in alive) / len(alive), 1), "wrong": self.wrong,
+                "partners": round(sum(len(h.met) for h in alive) / len(alive), 1), "requests": round(sum(h.requests for h in alive) / len(alive), 1), "wrong": self.wrong,
                 "isolated": sorted(self.s.isolated("t", self.now)), "real_s": round(seconds, 1)}
 
 
