@@ -1460,7 +1460,7 @@ class Reply:
             self._link.read_line()
 
     def read_into(self, view: Any) -> int:
-        """Fill as much of `view` as the body has and a chunk of time brings; return the count, 0 at the end.
+        """Read some of the body into `view`; return the count, 0 at the end.
 
         Raises TimedOut when nothing came at all, NetworkError.
         """
@@ -1484,22 +1484,21 @@ class HttpLink:
 
     def __init__(self, host: str, port: int, timeout_s: float = 10.0, connect_s: float = 3.0) -> None:
         self.host, self.port = host, port
+        self._name = join_host(host, port)
         self.sock = connect(host, port, connect_s)
         self.fresh = True  # no answer has come over it yet
         self.follower = None  # type: Optional[Follower]  # the place behind an answer that is about to end; its pool's
         self._ahead = b""  # bytes read behind a head
+        self._heap = 1  # bytes that wake a reader
+        self._heap_most = 0  # for bodies, where that is worth while
         self._timeout_s = 0.0
         self.set_timeout(timeout_s)
 
     def __str__(self) -> str:
-        return join_host(self.host, self.port)
+        return self._name
 
     def set_timeout(self, timeout_s: float) -> None:
-        """Limit the silence in one read or write, in seconds.
-
-        By socket options on a blocking socket, so that one recv can wait for a whole chunk (MSG_WAITALL): at
-        50 Mbit/s that is 4 wake-ups a second instead of 800.
-        """
+        """Limit the silence in one read or write, in seconds.  By socket options, so that the socket stays a blocking one."""
         if timeout_s == self._timeout_s:
             return
         self._timeout_s = timeout_s
@@ -1515,8 +1514,13 @@ class HttpLink:
         every request.  With 50 ms of buffer on each link it costs a swarm 4 % of its time.
         """
         if hasattr(socket, "TCP_WINDOW_CLAMP"):
-            window = max(64 << 10, int(pace * (0.03 + 3 * shortest_rtt(self.sock))))
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, min(window, 1 << 30))
+            window = min(max(128 << 10, int(pace * (0.03 + 3 * shortest_rtt(self.sock)))), 1 << 30)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, window)
+            if not self._heap_most:
+                import select
+                self._poll = select.poll()
+                self._poll.register(self.sock, select.POLLIN)
+            self._heap_most = window // 4
 
     def close(self) -> None:
         """Hang up."""
@@ -1531,7 +1535,7 @@ class HttpLink:
 
     def send(self, method: str, target: str, headers: Any = (), body: bytes = b"") -> None:
         """Send a request.  Raises NetworkError."""
-        lines = ["%s %s HTTP/1.1" % (method, target), "Host: " + str(self)]
+        lines = ["%s %s HTTP/1.1" % (method, target), "Host: " + self._name]
         lines += ["%s: %s" % pair for pair in headers]
         if body or method == "POST":
             lines.append("Content-Length: %d" % len(body))
@@ -1543,7 +1547,7 @@ class HttpLink:
             raise NetworkError("%s: %s" % (self, error.strerror))
 
     def receive(self, view: Any) -> int:
-        """Fill `view` as far as the connection's time limit allows; return the count, 0 at the end.
+        """Fill `view`, or a good part of it, as far as the connection's time limit allows; return the count, 0 at the end.
 
         Raises TimedOut when nothing came at all, NetworkError.
         """
@@ -1553,14 +1557,28 @@ class HttpLink:
             self._ahead = self._ahead[count:]
             return count
         try:
-            return self.sock.recv_into(view, len(view), socket.MSG_WAITALL)
+            if not self._heap_most:
+                return self.sock.recv_into(view, len(view), socket.MSG_WAITALL)
+            self._wait_for(min(len(view), self._heap_most))
+            return self.sock.recv_into(view, len(view), socket.MSG_DONTWAIT)
         except (BlockingIOError, socket.timeout):
             raise TimedOut("%s is silent" % self)
         except OSError as error:
             raise NetworkError("%s: %s" % (self, error.strerror))
 
+    def _wait_for(self, count: int) -> None:
+        """Sleep until that many bytes have come, or for the time limit: a wake-up for each segment costs a busy host more
+        than all the rest.  By poll, since a recv first takes what is there, and then waits for so much more."""
+        if count != self._heap:
+            self._heap = count
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+        self._poll.poll(self._timeout_s * 1000)
+
     def _more(self) -> None:
         """Read on behind what is there, without waiting for more than comes at once."""
+        if self._heap != 1:
+            self._heap = 1
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
         try:
             data = self.sock.recv(4096)
         except (BlockingIOError, socket.timeout):
@@ -1756,6 +1774,7 @@ class TaskFile:
         self.about = about  # what the bytes belong to: task, url, version; all JSON
         self.layout = Layout(length, piece_size)
         self.have = 0  # bit mask of the pieces that are here and true
+        self.reread = 0  # mask of those that were read back from the file after they were written
         self._lock = threading.Lock()
         self._seals = {}  # type: Dict[int, Seal]
         self._md5s = {}  # type: Dict[int, str]
@@ -1956,6 +1975,7 @@ class TaskFile:
             self._seals[num] = seal
             self._md5s.pop(num, None)
             self.have |= 1 << num
+            self.reread &= ~(1 << num)
 
     def drop(self, nums: List[int]) -> None:
         """Forget pieces that turned out to be wrong.  Raises CannotWrite."""
@@ -1981,13 +2001,15 @@ class TaskFile:
             offset += len(data)
             yield data
 
-    def reread(self, num: int, strong: bool) -> bool:
-        """Read piece `num` back from the disk and return whether it still is what its seal says.
+    def read_back(self, num: int, strong: bool = False) -> bool:
+        """Read piece `num` back from the disk, and return and note whether it still is what its seal says.
 
         By SHA-256 if `strong` (an earlier process wrote it) or if the seal has nothing else, else by CRC-32 (this one
         did, from bytes with the right SHA-256: what is looked for is a write that went astray, and this costs a third).
         """
-        seal = self._seals[num]
+        seal = self._seals.get(num)
+        if not seal:
+            return False
         strong = strong or not seal.crc
         offset, crc, digest = num * self.layout.stride, 0, hashlib.sha256()
         for data in self._read(offset, seal.length):
@@ -1995,7 +2017,10 @@ class TaskFile:
                 digest.update(data)
             else:
                 crc = zlib.crc32(data, crc)
-        return digest.hexdigest() == seal.sha256 if strong else crc == seal.crc
+        right = digest.hexdigest() == seal.sha256 if strong else crc == seal.crc
+        with self._lock:
+            self.reread = self.reread | 1 << num if right else self.reread & ~(1 << num)
+        return right
 
     def verify(self, on_piece: Callable[[int], None] = lambda num: None) -> int:
         """Digest every claimed piece of a resumed file again, keep what is true, and return how many were not.
@@ -2005,7 +2030,7 @@ class TaskFile:
         false = []
         for num in sorted(self._seals):
             try:
-                right = self._seals[num].length == self.layout.content_range(num)[1] and self.reread(num, strong=True)
+                right = self._seals[num].length == self.layout.content_range(num)[1] and self.read_back(num, strong=True)
             except NoSuchPiece:
                 right = False
             if right:
@@ -3371,7 +3396,7 @@ class CdnTask:
     def refetch(self, num: int, origin: Origin) -> bool:
         """Look at piece `num` again; when it is no longer what it was, fetch it anew and return True."""
         store = self.store
-        if not store or not store.seal(num) or store.reread(num, strong=True):
+        if not store or not store.seal(num) or store.read_back(num, strong=True):
             return False
         store.drop([num])
         with self._lock:
@@ -4860,6 +4885,7 @@ def _fork_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: floa
 
 FETCHERS = 3  # pieces under way at once, as many as a peer uploads: where all have as many, the links share out evenly
 AHEAD_S = 0.1  # how long before its end a piece is announced, at most: more puts ever more under way, all of them slower
+HOLD_S = 0.05  # how long a good piece waits for company before it is reported: a third of all messages less
 AHEAD = 64  # pieces a lone download may have been promised beyond those
 PEER_SILENCE_S = 3.0  # from a peer, before its piece is asked for elsewhere
 SEED_SILENCE_S = 30.0  # from a supernode, which holds a request until the origin has sent that far
@@ -4908,10 +4934,12 @@ class FinalFailure(DflyError):
 
 
 class Fetchers:
-    """The threads that move pieces of one download.  _lock guards _claims, _left and the totals.
+    """The threads that move pieces of one download.  _lock guards _claims, _left, _ending, _written and the totals.
 
     Orders go in by `put`, outcomes come out of `outcomes`; `wake_fd` becomes readable when there is one.
     """
+
+    BEHIND = 4  # pieces that are left alone before they are read back
 
     def __init__(self, store: TaskFile, bucket: TokenBucket, headers: List[Tuple[str, str]], count: int, log: Log) -> None:
         self._store, self._bucket, self._headers, self._log = store, bucket, headers, log
@@ -4926,6 +4954,7 @@ class Fetchers:
         self._claims = {}  # type: Dict[int, Tuple[threading.Lock, List[Any]]]  # who may write a piece
         self._queue = queue.Queue()  # type: queue.Queue
         self._left = 0  # orders put and not ended
+        self._written = collections.deque()  # type: collections.deque  # pieces that are still to be read back
         self._stopping = False
         self._pool = Pool(PEER_SILENCE_S, 2.0)
         self._threads = [threading.Thread(target=self._run, name="dfly-get-%d" % i, daemon=True)
@@ -4994,8 +5023,21 @@ class Fetchers:
                     kind = "origin" if order.plain else "supernode" if order.cid.startswith("cdnnode:") else "peers"
                     self.bytes[kind] += length
                     self.holders[join_host(order.host, order.port)] += length
+                    if length:
+                        self._written.append(order.num)
             self.outcomes.append(Outcome(order, time.monotonic() - started, length, error))
             os.write(self._wake_w, b"x")
+            self._look_back()
+
+    def _look_back(self) -> None:
+        """Read back a piece that was written a little while ago, so that little is left to check at the end."""
+        with self._lock:
+            num = self._written.popleft() if len(self._written) > self.BEHIND else None
+        try:
+            if num is not None:
+                self._store.read_back(num)
+        except CannotRead:  # the last check meets the same
+            pass
 
     # -- one piece ---------------------------------------------------------------
 
@@ -5076,7 +5118,7 @@ class Fetchers:
             self._pool.ending(link, reply)
             self.endings.append(order)
             os.write(self._wake_w, b"x")
-        most = int(min(CHUNK, max(CHUNK / 4, pace * 0.02)))
+        most = int(min(CHUNK, max(CHUNK / 4, pace * AHEAD_S)))
         return min(most, left - int(pace * AHEAD_S)) if pace * AHEAD_S < left else most
 
     def _length_of(self, order: Order) -> int:
@@ -5157,9 +5199,14 @@ class SyncLine:
     Two or three connections take turns, since an answer to the older sync may still be on its way.
     """
 
-    def __init__(self, registration: Registration, cid: str, fetchers: Fetchers, store: TaskFile) -> None:
+    NEVER = float("inf")
+    HEADERS = (("Content-Type", "application/json"), (DFLY_HEADER, "1"))
+    ENCODE = staticmethod(json.JSONEncoder(separators=(",", ":")).encode)
+
+    def __init__(self, registration: Registration, cid: str, fetchers: Fetchers, store: TaskFile,
+                 clock: Callable[[], float] = time.monotonic) -> None:
         self._registration, self._cid = registration, cid
-        self._fetchers, self._store = fetchers, store
+        self._fetchers, self._store, self._clock = fetchers, store, clock
         self._node = registration.node
         self._idle = []  # type: List[HttpLink]
         self._pending = []  # type: List[HttpLink]  # a sync is unanswered on these, oldest first
@@ -5167,37 +5214,41 @@ class SyncLine:
         self._soon = []  # type: List[int]  # pieces about to arrive
         self._have = store.have  # to be told once
         self._eager = False  # others wait for what we have
+        self._send_at = self.NEVER  # when there is something to say that should wait no longer
         self.reason = ""  # why there is nothing to do, in the supernode's words
         self.finished = False
 
     def step(self, outcomes: List[Outcome], limit_s: float) -> None:
         """Report, ask, wait at most `limit_s` for something to happen, and take orders.  Raises Migrate, NetworkError."""
+        now = self._clock()
         self._reports += [o for o in outcomes if not isinstance(o.error, _Superseded)]
-        low = self._fetchers.left <= FETCHERS
         while self._fetchers.endings:
             self._soon.append(self._fetchers.endings.popleft().num)
-        if not self._pending or (self._reports and (low or self._eager or any(o.error for o in self._reports))) or (
-                self._eager and self._soon):
+        few = self._fetchers.left <= (1 if self._eager else FETCHERS)
+        if self._reports and (few or any(o.error for o in self._reports)) or self._eager and self._soon:
+            self._send_at = now
+        elif self._eager and self._reports:
+            self._send_at = min(self._send_at, now + HOLD_S)
+        if not self._pending or now >= self._send_at:
             self._send(FETCHERS)
-        for sock in self._fetchers.wait(limit_s, [link.sock for link in self._pending]):
+        for sock in self._fetchers.wait(max(0.0, min(limit_s, self._send_at - now)), [link.sock for link in self._pending]):
             self._answer(next(link for link in self._pending if link.sock is sock))
 
     def _send(self, slots: int) -> None:
         done = [[o.order.num, o.order.cid, round(o.seconds, 4), o.length] for o in self._reports if not o.error]
         failed = [[o.order.num, o.order.cid, getattr(o.error, "why", "other")] for o in self._reports if o.error]
-        soon, self._reports, self._soon = self._soon, [], []
+        soon, self._reports, self._soon, self._send_at = self._soon, [], [], self.NEVER
         message = {"task": self._registration.task_id, "cid": self._cid, "done": done, "failed": failed, "soon": soon, "slots": slots,
                    "queue": AHEAD if slots and self._fetchers.left <= FETCHERS else 0}
         if self._have:
             message["have"] = "%x" % self._have
             self._have = 0
-        body = json.dumps(message, separators=(",", ":")).encode()
-        headers = (("Content-Type", "application/json"), (DFLY_HEADER, "1"))
+        body = self.ENCODE(message).encode()
         while True:
             link = self._idle.pop() if self._idle else HttpLink(self._node.host, self._node.port, SYNC_WAIT_S + 10.0, 3.0)
             kept = not link.fresh
             try:
-                link.send("POST", "/peer/sync", headers, body)
+                link.send("POST", "/peer/sync", self.HEADERS, body)
             except NetworkError:
                 link.close()
                 if not kept:
@@ -5784,10 +5835,10 @@ class Download:
                 and (length is None or store.layout.length in (None, length)))
 
     def _settle(self) -> None:
-        """Read back what was written and drop what is not what arrived.  Raises WrongBytes."""
+        """Read back what has not been yet, and drop what is not what arrived.  Raises WrongBytes."""
         store = self.store
         assert store and store.layout.count is not None
-        wrong = [num for num in range(store.layout.count) if not store.reread(num, strong=False)]
+        wrong = [num for num in range(store.layout.count) if not store.reread >> num & 1 and not store.read_back(num)]
         if wrong:
             store.drop(wrong)
             raise WrongBytes(store.data, "that of %d pieces as they arrived" % store.layout.count, "another for %d of them" % len(wrong))

@@ -40,6 +40,13 @@ class Flow:
         self.next = None              # the piece that follows on the same connection
 
 
+class Fact:
+    """What a peer will tell the supernode: a call of the world with these facts."""
+
+    def __init__(self, call, *facts):
+        self.call, self.facts = call, facts
+
+
 class Host:
     """A machine with an uplink, a downlink, maybe a rack; the supernode is one too."""
 
@@ -49,6 +56,7 @@ class Host:
         self.dead = self.bad = False
         self.joined = self.finished = None
         self.ending = set()           # those of them whose end it has announced
+        self.unsaid = []              # facts that wait for the next sync
         self.requests = 1             # control requests, register included
         self.met = set()              # hosts it has sent to or fetched from
 
@@ -145,25 +153,36 @@ class Swarm:
         if flow.version == version and not flow.told and not flow.peer.dead and len(flow.peer.ending) < self.o.fetchers - 1:
             flow.told = True
             flow.peer.ending.add(flow.piece)
-            self.say(flow.peer, self.soon, flow.piece)
+            flow.peer.unsaid.append(Fact(self.soon, flow.piece))
+            self.say(flow.peer)
 
     def outcome(self, peer, num, holder, why, seconds):
         """A peer has got a piece, or not: it tells the supernode."""
         peer.running -= 1
         peer.ending.discard(num)
-        self.say(peer, self.report, num, holder, why, seconds)
+        peer.unsaid.append(Fact(self.report, num, holder, why, seconds))
+        if why or not self.o.hold or peer.running < self.o.fetchers - 1:
+            self.say(peer)
+        else:
+            self.at(self.o.hold / 1e3, self.say_at_last, peer, peer.unsaid[-1])
 
     # -- control -------------------------------------------------------------------------------------------------
 
-    def say(self, peer, what, *facts):
-        """A sync leaves: with a fact, and with what the peer would queue as it knows it now."""
-        peer.requests += 1
-        self.at(self.o.latency / 1e3, self.hear, peer, 64 if peer.running <= self.o.fetchers else 0, what, facts)
+    def say_at_last(self, peer, fact):
+        if fact in peer.unsaid:
+            self.say(peer)
 
-    def hear(self, peer, queue, what, facts):
+    def say(self, peer):
+        """A sync leaves: with all facts, and with what the peer would queue as it knows it now."""
+        peer.requests += 1
+        facts, peer.unsaid = peer.unsaid, []
+        self.at(self.o.latency / 1e3, self.hear, peer, 64 if peer.running <= self.o.fetchers else 0, facts)
+
+    def hear(self, peer, queue, facts):
         if peer.dead or peer.finished is not None:
             return
-        what(peer, *facts)
+        for fact in facts:
+            fact.call(peer, *fact.facts)
         if self.s.finished("t", peer.name):
             peer.finished = self.now
             self.s.leave("t", peer.name, self.now)
@@ -228,7 +247,7 @@ class Swarm:
         peer.joined = self.now
         rack = peer.rack if peer.rack is not None else 0
         self.s.add_peer("t", peer.name, peer.name, ("site", "rack%d" % rack), self.now)
-        self.hear(peer, 64, lambda peer: None, ())
+        self.hear(peer, 64, ())
 
     def kill(self, peer):
         peer.dead = True
@@ -293,7 +312,8 @@ def parser():
             ("origin-rate", 0, int, "Mbit/s from the origin"), ("latency", 5.0, float, "ms, one way"), ("racks", 0, int, ""), ("core", 0, int, "Mbit/s of a rack link"),
             ("stagger", 0.0, float, "s between joins"), ("jitter", 0.2, float, "s over which all join"), ("kill", 0, int, "peers killed at a third"),
             ("bad", 0, int, "peers that serve wrong bytes"), ("slow", 0, int, "every n-th host has a quarter of the rate"), ("fetchers", 3, int, ""),
-            ("ahead", 20.0, float, "ms; 0: never"), ("ramp", 0.0, float, "ms until a connection that was idle moves bytes"), ("up-slots", 3, int, ""), ("seed-slots", 3, int, ""), ("tick", dfly.TICK_S, float, "s"), ("seed", 1, int, "")):
+            ("ahead", 20.0, float, "ms; 0: never"), ("ramp", 0.0, float, "ms until a connection that was idle moves bytes"),
+            ("hold", 0.0, float, "ms that a good piece waits for company before it is reported"), ("up-slots", 3, int, ""), ("seed-slots", 3, int, ""), ("tick", dfly.TICK_S, float, "s"), ("seed", 1, int, "")):
         p.add_argument("--" + name, type=kind, default=default, help=text)
     p.add_argument("--fair", action="store_true", help="share links out max-min fairly, not by the smallest equal share (slow)")
     p.add_argument("--warm", action="store_true", help="the supernode has the file already")
