@@ -97,7 +97,7 @@ def test_files_are_cut_into_not_too_many_pieces():
     for length in [0, 1, 1 << 20, 16 << 20, 60 << 20, 100 << 20, 500 << 20, 10 << 30]:
         size = dfly.choose_piece_size(length)
         assert 256 << 10 <= size <= 15 << 20
-        assert dfly.Layout(length, size).count <= 256 or size == 15 << 20
+        assert dfly.Layout(length, size).count <= 512 or size == 15 << 20
 
 
 def test_an_empty_piece_has_the_digest_of_the_protocol():
