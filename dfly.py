@@ -3041,8 +3041,7 @@ class Scheduler:
             if holder is peer or peer.seed_only or (peer.blocked and peer.blocked.get(holder.cid, 0) > now) or (
                     peer.legacy and ":" in str(holder.host.key[0])):  # an old client can't write an IPv6 address
                 return 0
-            if peer.legacy:
-                nums &= task.seeded
+            nums &= task.seeded  # of another piece nobody could say what it must be
         common = _common(peer, holder)
         if holder is None and task.count is not None and not task.all & ~task.swarm.present and task.seed_sent < self.SEED_COPIES * task.count:
             return nums  # all is out: now the seed is a holder like any other
@@ -3162,7 +3161,7 @@ class Scheduler:
         fastest = max([h.host.speed for h in holders] or [0.0]) or 1.0
         load = {h: 0.0 for h in holders}
         for num in nums_of(wanted)[:count]:
-            able = [h for h in holders if h.offers >> num & 1]
+            able = [h for h in holders if h.offers >> num & 1] if task.seeded >> num & 1 else []
             best = min(able, key=lambda h: load[h]) if able else None
             if best:
                 load[best] += fastest / (best.host.speed or fastest)
@@ -3921,6 +3920,8 @@ class Supernode(CdnEvents):
             ip = str(ipaddress.ip_address(ip.split("%")[0]))
         except ValueError:
             raise BadRequest("ip: %.60s: invalid value" % ip)
+        if cid.startswith("cdnnode:"):
+            raise BadRequest("cid: %.60s: that is a supernode's" % cid)
         if not path.startswith("/"):
             raise BadRequest("path: %.60s: invalid value" % path)
         port = fields.number("port", 0, 65535)
@@ -5070,7 +5071,8 @@ class Fetchers:
             if got != order.digest:
                 raise WrongBytes(what, order.digest, got)
         elif not order.plain:
-            text = order.digest or reply.headers.get(DFLY_HEADER, "")
+            seed = order.cid.startswith("cdnnode:")  # a peer's word about its own bytes is worth nothing
+            text = order.digest or (reply.headers.get(DFLY_HEADER, "") if seed else "")
             if text != str(seal):
                 raise WrongBytes(what, text or "missing", str(seal))
         return seal

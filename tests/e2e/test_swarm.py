@@ -1,4 +1,5 @@
 """Many hosts: one fetch from the origin, pieces before the file is whole, peers that serve, fail or lie."""
+import hashlib
 import http.server
 import os
 import socketserver
@@ -137,9 +138,10 @@ def test_an_uploader_killed_in_the_middle_of_a_download_costs_nothing(origin, su
 
 
 class FalsePeer:
-    """A host that registers like dfget 1.0.6, claims to have every piece, and serves garbage, or when `silent` nothing at all."""
+    """A host that registers like dfget 1.0.6, claims to have every piece, and serves garbage, or when `silent` nothing at all;
+    when `early`, it registers as ours do, claims `early` (a mask) before the supernode has it, and swears to its garbage."""
 
-    def __init__(self, node, url, silent=False):
+    def __init__(self, node, url, silent=False, early=0):
         self.asked = 0                          # pieces that others wanted from it
         self.closing = threading.Event()
         peer = self
@@ -156,8 +158,12 @@ class FalsePeer:
                 length = min(int(end) - int(start) + 1, PIECE)
                 self.send_response(206)
                 self.send_header("Content-Length", str(length))
+                size = int(self.headers["pieceSize"])
+                plain = b"\xee" * (length - 5)
+                if early:
+                    self.send_header("X-Dfly", "sha256:" + hashlib.sha256(plain).hexdigest())
                 self.end_headers()
-                self.wfile.write(b"\xee" * length)
+                self.wfile.write((len(plain) | size << 4).to_bytes(4, "big") + plain + b"\x7f" if early else b"\xee" * length)
 
             def log_message(self, *args):
                 pass
@@ -177,7 +183,17 @@ class FalsePeer:
                 continue
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
         self.thread.start()
-        self.claimed = len(list(node.old_client(url, "127.0.0.1-77777-1795408506.429", port)))
+        if early:
+            self.claim(node, url, port, early)
+        else:
+            self.claimed = len(list(node.old_client(url, "127.0.0.1-77777-1795408506.429", port)))
+
+    def claim(self, node, url, port, mask):
+        answer = node.ask("POST", "/peer/registry", {
+            "superNodeIp": node.ip, "rawUrl": url, "taskUrl": url, "cid": "127.0.0.1-77777-1795408506.429", "ip": "127.0.0.1",
+            "port": port, "path": "/peer/file/liar"}, {"X-Dfly": "1 "}).json
+        self.told = node.ask("POST", "/peer/sync", {"task": answer["data"]["taskId"], "cid": "127.0.0.1-77777-1795408506.429",
+                                                    "have": "%x" % mask, "wait": 0})
 
     def close(self):
         self.closing.set()
@@ -200,6 +216,23 @@ def test_a_peer_that_serves_wrong_bytes_is_isolated(origin, supernode, host, blo
         assert 1 <= asked <= 24, "a liar was asked %d times" % asked
         host().get(url, check=data)
         assert liar.asked <= asked + 1, "a known liar is still asked"
+    finally:
+        liar.close()
+
+
+def test_a_peer_that_swears_to_a_piece_before_the_supernode_has_it_is_not_believed(origin, supernode, host, blob):
+    node = supernode()
+    data = blob(8 * MB)
+    url = origin.put("f", data, stall_after=3 * MB)
+    liar = FalsePeer(node, url, early=(1 << 33) - 2)  # all but the first
+    try:
+        hosts = [host(), host()]
+        commands = [h.start(url) for h in hosts]
+        for h in hosts:
+            wait_for(lambda: half_written(h) >= 2 * MB, 20)
+        origin.release("f")
+        for command in commands:
+            assert good(command.wait(), data).reason == 0
     finally:
         liar.close()
 
