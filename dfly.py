@@ -2304,15 +2304,27 @@ class OriginReply:
         self._response.close()
 
 
+def version_parts(version: str) -> Tuple[str, str, str]:
+    """Return (ETag, Last-Modified, length) of an origin's version; nothing of a name that a supernode made up itself."""
+    parts = version.rsplit("|", 2)  # an ETag may have anything in it
+    return (parts[0], parts[1], parts[2]) if len(parts) == 3 else ("", "", "")
+
+
+def same_version(one: str, other: str) -> bool:
+    """Return whether two versions may be of one file: an answer without a length does not contradict one with it."""
+    a, b = version_parts(one), version_parts(other)
+    return a[:2] == b[:2] and (a[2] == b[2] or not a[2] or not b[2])
+
+
 def if_none_match(version: str) -> List[Tuple[str, str]]:
     """Return the headers that make the origin answer 304 while it still has `version`.  Wire: 10.3"""
-    etag, modified, _ = version.split("|")
+    etag, modified, _ = version_parts(version)
     return [pair for pair in (("If-None-Match", etag), ("If-Modified-Since", modified)) if pair[1]]
 
 
 def if_range(version: str) -> List[Tuple[str, str]]:
     """Return the header that makes the origin send the whole file when it no longer has `version`."""
-    etag, modified = version.split("|")[:2] if version else ("", "")
+    etag, modified, _ = version_parts(version)
     mark = etag if etag and not etag.startswith("W/") else modified
     return [("If-Range", mark)] if mark else []
 
@@ -2379,15 +2391,17 @@ class Filler:
                 self._sleep(self.PAUSE_S * 2 ** (failures - 1))
 
     def _reopen(self) -> OriginReply:
-        """Ask for the first run of missing bytes.  Raises SourceChanged when it is another file now."""
+        """Ask for the first run of missing bytes.  Raises SourceChanged when it is, or may be, another file now."""
         layout = self.store.layout
         start, end = self._first_gap()
         old = self.store.about.get("version", "")
+        if self.store.have and not any(version_parts(old)):
+            raise SourceChanged("%s: the origin names no version (ETag, Last-Modified) by which to go on in the middle" % self.origin.url)
         if not start and (end is None or end == layout.length):
             reply = self.origin.open()
         else:
             reply = self.origin.open(start, end, if_range(old))
-        if (old or self.store.have) and (reply.version != old or (layout.length is not None and reply.length not in (None, layout.length))):
+        if (old or self.store.have) and (not same_version(reply.version, old) or (layout.length is not None and reply.length not in (None, layout.length))):
             reply.close()
             raise SourceChanged("%s: the origin has another file now" % self.origin.url)
         return reply
@@ -5808,12 +5822,13 @@ class Download:
     def _source_once(self) -> None:
         first = None  # type: Optional[OriginReply]
         kept = self.store or TaskFile.resume(self._data, self._journal)
-        usable = kept is not None and kept.about.get("task") == self.task_id and bool(kept.about.get("version")) and kept.claimed > 0
+        usable = kept is not None and kept.about.get("task") == self.task_id and any(version_parts(kept.about.get("version", ""))) and kept.claimed
         if usable and kept:
             self.store = kept if kept is self.store else None
             if not self.store:
                 kept.close()
                 self._open_store(None, kept.layout.size, kept.about["version"])
+            self._still_there()
         else:
             if kept:
                 kept.close()
@@ -5831,6 +5846,16 @@ class Download:
             self.bytes["origin"] += filler.read_bytes
         self._settle()
         self._publish()
+
+    def _still_there(self) -> None:
+        """When all is here and nothing will be asked for, ask at least whether it still is the origin's file.  Raises SourceChanged."""
+        assert self.store
+        version = self.store.about["version"]
+        if self.store.complete:
+            reply = self.origin.open(headers=if_none_match(version))
+            reply.close()
+            if reply.status != 304 and not same_version(reply.version, version):
+                raise SourceChanged("%s: the origin has another file now" % self.url)
 
     def _late(self) -> bool:
         return self._deadline is not None and self._clock() > self._deadline
