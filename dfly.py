@@ -3324,7 +3324,8 @@ class CdnTask:
         self.error = None  # type: Optional[DflyError]
         self.store = None  # type: Optional[TaskFile]
         self.ended_at = 0.0  # monotonic
-        self.promised_size = 0  # of pieces, told to somebody before the length was known
+        self.likely_size = MIB  # of pieces, as far as can be said before the origin has answered
+        self.promised_size = 0  # the same, once it has been told to somebody
         self.version = ""  # names this very copy to peers that resume, also where the origin names none
         self.origin_bytes = 0  # read from the origin, by all fetches
         self._lock = threading.Lock()
@@ -3408,19 +3409,36 @@ class CdnTask:
         if self.store:  # only a piece or the rest is missing
             self._fill(origin, None)
             return
-        kept = TaskFile.resume(self.path, self.path + ".journal")
-        version = kept.about.get("version", "") if kept else ""
-        if kept and not version:
-            kept.close()
-            kept = None  # nothing could tell us whether it is still the origin's file
-        reply = self._ask(origin, kept)
-        if kept and (reply is None or reply.status == 304 or reply.version == version):
+        kept = self._kept()
+        try:
+            reply = self._ask(origin, kept)
+        except DflyError:
+            if kept:
+                kept.close()  # it is locked as long as it is open
+            raise
+        if kept and (reply is None or self._unchanged(kept, reply)):
             self._reuse(origin, kept, reply)
             return
         if kept:
             kept.close()
         assert reply
         self._anew(origin, reply)
+
+    def _kept(self) -> Optional[TaskFile]:
+        """Return what an earlier run has left, if it can still be of use."""
+        kept = TaskFile.resume(self.path, self.path + ".journal")
+        if kept and (not any(version_parts(kept.about.get("version", "")))  # nothing could tell us whether it is still the origin's file
+                     or self.promised_size not in (0, kept.layout.size)):
+            kept.close()
+            return None
+        if kept:
+            self.likely_size = kept.layout.size
+        return kept
+
+    @staticmethod
+    def _unchanged(kept: TaskFile, reply: OriginReply) -> bool:
+        return reply.status == 304 or (same_version(reply.version, kept.about["version"])
+                                       and (reply.length is None or kept.layout.length in (None, reply.length)))
 
     def _ask(self, origin: Origin, kept: Optional[TaskFile]) -> Optional[OriginReply]:
         """Ask the origin for the file, or whether it has changed; None when it can't be reached and we have it all."""
@@ -4006,7 +4024,7 @@ class Supernode(CdnEvents):
         store = task.cdn.store
         length = store.layout.length if store else None
         if not store and not task.cdn.promised_size:
-            task.cdn.promised_size = MIB
+            task.cdn.promised_size = task.cdn.likely_size
         size = store.layout.size if store else task.cdn.promised_size
         data = {"taskId": task.task_id, "fileLength": -1 if length is None else length, "pieceSize": size,
                 "cdnSource": "supernode", "asSeed": False, "seedTaskID": ""}  # type: Dict[str, Any]
