@@ -1920,6 +1920,15 @@ class TaskFile:
         assert self.layout.count is not None
         return (1 << self.layout.count) - 1 & ~self.have
 
+    def set_version(self, version: str) -> None:
+        """Note which version of the file the pieces are of, once that is known.  Raises NoSpace, CannotWrite."""
+        if self.about.get("version", "") != version:
+            self.about = dict(self.about, version=version)
+            try:
+                self._rewrite()
+            except OSError as error:
+                raise os_error(error, self.journal)
+
     def set_length(self, length: int) -> None:
         """Note the file's length, once it is known, and cut the file to it.  Raises NoSpace, CannotWrite."""
         with self._lock:
@@ -3610,6 +3619,7 @@ class Peer:
         self.requests = 0  # control requests, register included
         self.finished = False
         self.eager = False  # what it was last told: whether others wait for its pieces
+        self.named = False  # whether it was told which version of the file this is
         self.md5_since = 0.0  # monotonic: since when it only lacks the MD5 of the whole file
 
 
@@ -4030,6 +4040,7 @@ class Supernode(CdnEvents):
                 "cdnSource": "supernode", "asSeed": False, "seedTaskID": ""}  # type: Dict[str, Any]
         if peer.native:
             data["dfly"] = self._register_extra(task)
+            peer.named = bool(task.cdn.version)
         elif store:
             self._old_client(task)
         self.log.info("register %s %s as %s (%s)", task.task_id, task.url, peer.cid, "native" if peer.native else "old")
@@ -4222,7 +4233,8 @@ class Supernode(CdnEvents):
 
         Asked: {task, cid, done: [[num, holder, seconds, bytes]], failed: [[num, holder, why]], soon: [num] (about to end), slots
         (fetches at once), queue (more in advance), have (hex mask, first time), wait (seconds)}.  Answered: {code, length?,
-        eager (others wait: report each piece at once), holders: {cid: [ip, port, path]}, pieces: [[num, cid, seal?]]};
+        version? (once, if the register could not say it), eager (others wait: report each piece at once), holders: {cid:
+        [ip, port, path]}, pieces: [[num, cid, seal?]]};
         code 601 has pieces, 602 none (msg says why), 600 ends it, 604 and 502 send the client on.
         """
         state = request.state
@@ -4249,6 +4261,7 @@ class Supernode(CdnEvents):
             request.on_gone = lambda: self._hung_up(task, peer, state["turn"])
             return Park(("peer", task.task_id, peer.cid), left)
         peer.eager = answer.get("eager", peer.eager)
+        peer.named = peer.named or "version" in answer
         return Response.of_json(answer)
 
     @staticmethod
@@ -4297,6 +4310,8 @@ class Supernode(CdnEvents):
             answer = {"code": CONTINUE if pieces else WAIT, "eager": self._scheduler.others(task.task_id, peer.cid)}  # type: Dict[str, Any]
             if store and store.layout.length is not None:
                 answer["length"] = store.layout.length
+            if store and not peer.named:  # the origin had not answered when it registered
+                answer["version"] = task.cdn.version
             if pieces:
                 self._describe_locked(task, peer, pieces, answer)
             elif finished and store and store.layout.length is not None and (task.cdn.state == CdnTask.SUCCESS or not task.md5):
@@ -4863,6 +4878,7 @@ AHEAD_S = 0.1  # how long before its end a piece is announced, at most: more put
 AHEAD = 64  # pieces a lone download may have been promised beyond those
 PEER_SILENCE_S = 3.0  # from a peer, before its piece is asked for elsewhere
 SEED_SILENCE_S = 30.0  # from a supernode, which holds a request until the origin has sent that far
+UNNAMED = "unnamed"  # version of a file from an old supernode, whose digest of the whole file decides in the end
 STALL_S = 5.0  # without a byte, before the reason is printed
 CHUNK = 1 << 18  # bytes received and digested at once: they are still in the cache when they are written
 
@@ -5147,7 +5163,7 @@ class Registration(NamedTuple):
     length: Optional[int]
     piece_size: int
     native: bool
-    version: str
+    version: str  # "" while it is not known
     content: Optional[bytes]
     plain: bool  # cdnSource "source": pieces are ranges of the origin's file
 
@@ -5227,6 +5243,8 @@ class SyncLine:
         else:
             link.close()
         self._eager = answer.get("eager", self._eager)
+        if answer.get("version") and not self._registration.version:
+            self._store.set_version(answer["version"])
         if answer.get("length") is not None:
             self._store.set_length(answer["length"])
         if code == CONTINUE:
@@ -5662,8 +5680,9 @@ class Download:
         if "content" in extra:
             import base64
             content = base64.b64decode(extra["content"])
-        return Registration(node, task_id, None if length < 0 else length, size, bool(extra), str(extra.get("version", "")), content,
-                            data.get("cdnSource") == "source")
+        plain = data.get("cdnSource") == "source"
+        version = str(extra.get("version", "")) if extra or plain else UNNAMED
+        return Registration(node, task_id, None if length < 0 else length, size, bool(extra), version, content, plain)
 
     def _swarm(self, registration: Registration) -> None:
         """Fetch what is missing through one supernode; publish when all is right."""
@@ -5778,10 +5797,9 @@ class Download:
         self._md5 = Md5Follower(self.store) if self.options.md5 else None
 
     def _fits(self, store: TaskFile, length: Optional[int], size: int, version: str) -> bool:
-        """Return whether kept pieces may be pieces of this file.  Where no version is known, the whole-file digest of
-        an old supernode decides in the end."""
+        """Return whether kept pieces may be pieces of this file."""
         known = store.about.get("version", "")
-        return (store.about.get("task") == self.task_id and store.layout.size == size and known == version
+        return (store.about.get("task") == self.task_id and store.layout.size == size and bool(version) and known == version
                 and (length is None or store.layout.length in (None, length)))
 
     def _settle(self) -> None:
@@ -5798,6 +5816,10 @@ class Download:
         store = self.store
         assert store and store.complete
         expected = self.options.md5 or self._old_md5
+        if self.kept and not expected and store.about.get("version") == UNNAMED:
+            store.delete()
+            self._forget()
+            raise Migrate("the supernode names neither version nor digest of the file: what an earlier run kept may be of another one")
         if expected:
             follower = self._md5 or Md5Follower(store)
             digest = follower.wait()

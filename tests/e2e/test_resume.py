@@ -226,6 +226,33 @@ def test_pieces_of_a_file_without_a_version_are_not_mixed_with_those_of_the_next
         good(command.wait(), new)
 
 
+def test_pieces_are_not_kept_for_a_file_whose_version_was_not_known_yet(origin, supernode, host, blob):
+    """The origin answers later than a register waits, so that both runs begin before the version is known."""
+    node = supernode()
+    old, new = blob(SIZE, 1), blob(SIZE, 2)
+    url = origin.put("f", old, delay=3.2, stall_after=STALL)
+    here = host()
+    command = here.start(url)
+    wait_for(lambda: on_disk(here) >= STALL - 2 * MB, 20)
+    command.kill()
+    node.kill()
+    origin.put("f", new, delay=3.2)
+    supernode()
+    here.get(url, check=new)
+
+
+def test_pieces_of_a_slow_origin_are_kept_under_the_version_that_was_learned_later(origin, supernode, host, blob):
+    supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data, delay=3.2, stall_after=STALL)
+    here = host()
+    command = here.start(url)
+    wait_for(lambda: on_disk(here) >= STALL - 2 * MB, 20)
+    command.kill()
+    origin.release("f")
+    assert "kept from an earlier run" in here.get(url, check=data).last
+
+
 def test_a_supernode_that_dies_leaves_pieces_without_a_version_that_are_fetched_anew(origin, supernode, host, blob):
     node = supernode()
     data = blob(SIZE)
