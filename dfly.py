@@ -3640,6 +3640,9 @@ class SwarmTask:
         self.rechecked_at = -1e9  # monotonic: when a complaint about our own pieces was last looked into
 
 
+_HALF = re.compile("[\ud800-\udfff]")  # JSON can write half a character, which nothing can be encoded from
+
+
 class Fields:
     """The fields of a register, from JSON or a form, keys in any case.  Wire: 1.1, 1.2"""
 
@@ -3661,7 +3664,7 @@ class Fields:
         """Return a field as text, "" when missing.  Raises BadRequest when it is no text or too long."""
         values = self._lists.get(name.lower(), [])
         value = values[-1] if values else ""
-        if not isinstance(value, (str, int, float)) or len(str(value)) > limit:
+        if not isinstance(value, (str, int, float)) or len(str(value)) > limit or _HALF.search(str(value)):
             raise BadRequest("%s: invalid value" % name)
         return str(value)
 
@@ -3679,7 +3682,7 @@ class Fields:
     def texts(self, name: str) -> List[str]:
         """Return a repeated field; a form's single one is a list of one."""
         values = self._lists.get(name.lower(), [])
-        if len(values) > 256 or not all(isinstance(value, str) and len(value) < MAX_BODY for value in values):
+        if len(values) > 256 or not all(isinstance(value, str) and not _HALF.search(value) for value in values):
             raise BadRequest("%s: invalid value" % name)
         return values
 
@@ -4114,8 +4117,18 @@ class Supernode(CdnEvents):
                 self._scheduler.done(task.task_id, peer.cid, num, self._clock(), holder=holder, servable=result == SUCCEEDED)
 
     def _num_of(self, task: SwarmTask, text: str) -> int:
-        layout = task.cdn.store.layout if task.cdn.store else Layout(None, MIB)
-        return layout.num_of(text)
+        num = (task.cdn.store.layout if task.cdn.store else Layout(None, MIB)).num_of(text)
+        if not self._reportable(task) >> num & 1:
+            raise BadRequest("pieceRange: %.60s: nobody has this piece" % text)
+        return num
+
+    @staticmethod
+    def _reportable(task: SwarmTask) -> int:
+        """Return the mask of the pieces that a client may have: all, or while their count is not known those that we have."""
+        store = task.cdn.store
+        if not store:
+            return 0
+        return store.have if store.layout.count is None else (1 << store.layout.count) - 1
 
     def _holder_of(self, task: SwarmTask, cid: str) -> str:
         return SEED if cid == task.cid or cid.startswith("cdnnode:") else cid
@@ -4275,27 +4288,27 @@ class Supernode(CdnEvents):
         scheduler, now = self._scheduler, self._clock()
         done, failed, have = data.get("done", []), data.get("failed", []), data.get("have", "")
         slots, ahead = int(self._number(data, "slots", 0, 64, 0)), int(self._number(data, "queue", 0, 256, 0))
-        count = task.cdn.store.layout.count if task.cdn.store else None
-        most = (MAX_COUNT if count is None else count) - 1
+        known = self._reportable(task)
+        most = known.bit_length() - 1
         try:
             if have:
                 mask = int(have, 16)
-                if mask < 0 or mask.bit_length() > most + 1:
+                if mask < 0:
                     raise ValueError(have[:20])
-                for num in nums_of(mask):
+                for num in nums_of(mask & known):  # what else it has will turn out when we have it, too
                     scheduler.done(task.task_id, peer.cid, num, now)
             for num, holder, seconds, size in done:
                 if not 0 <= int(num) <= most:
                     raise ValueError(num)
                 scheduler.done(task.task_id, peer.cid, int(num), now, holder=self._holder_of(task, str(holder)),
-                               seconds=max(1e-6, float(seconds)), nbytes=int(size))
+                               seconds=min(max(1e-6, float(seconds)), 3600.0), nbytes=min(max(0, int(size)), MAX_PIECE))
             for num in data.get("soon", []):
                 scheduler.soon(task.task_id, peer.cid, int(num), now)
             for num, holder, why in failed:
                 if not 0 <= int(num) <= most:
                     raise ValueError(num)
                 scheduler.failed(task.task_id, peer.cid, int(num), self._holder_of(task, str(holder)), str(why)[:20], now)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise BadRequest("done, failed or have: %.80s" % error)
         scheduler.request(task.task_id, peer.cid, slots, now, queue=ahead)
 

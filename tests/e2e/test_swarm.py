@@ -237,6 +237,22 @@ def test_a_peer_that_swears_to_a_piece_before_the_supernode_has_it_is_not_believ
         liar.close()
 
 
+def test_a_peer_that_claims_pieces_behind_the_end_holds_nobody_up(origin, supernode, host, blob):
+    """Nobody knows yet where the end is."""
+    node = supernode()
+    data = blob(8 * MB)
+    url = origin.put("f", data, length=False, stall_after=3 * MB)
+    liar = FalsePeer(node, url, early=1 << 5000)
+    try:
+        commands = [host().start(url, "--notbs"), host().start(url, "--notbs")]
+        wait_for(lambda: node.bytes_sent() >= 2 * MB, 20)
+        origin.release("f")
+        for command in commands:
+            good(command.wait(), data)
+    finally:
+        liar.close()
+
+
 def test_a_peer_that_never_answers_is_given_up(origin, supernode, host, blob):
     node = supernode()
     data = blob(8 * MB)
