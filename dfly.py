@@ -4560,6 +4560,8 @@ class Uploader:
             if start > layout.length or (start == layout.length and end > start and layout.length):
                 raise NoSuchPiece("the file has %d bytes" % layout.length)
             end = min(end, layout.length)
+        elif end - start > MAX_PIECE or start >= MAX_COUNT * layout.stride:
+            raise NoSuchPiece("bytes %d-%d are no piece" % (start, end - 1))
         nums = mask_of(range(start // layout.stride, max(start, end - 1) // layout.stride + 1))
         if store.have & nums != nums:
             try:
