@@ -3900,7 +3900,7 @@ class Supernode(CdnEvents):
 
     def register(self, request: Request) -> Any:
         """POST /peer/registry.  Wire: 1"""
-        if "task" not in request.state:
+        if "task" not in request.state or self._judged_by_another(request):
             try:
                 self._enter(request, Fields(request))
             except (BadRequest, SourceError) as refusal:
@@ -3918,6 +3918,12 @@ class Supernode(CdnEvents):
         if checking:
             return Response.of_json({"code": SYSTEM_ERROR, "msg": "the origin does not say whether this client may read %s" % task.url})
         return self._registered(task, peer, request)
+
+    @staticmethod
+    def _judged_by_another(request: Request) -> bool:
+        """Return whether the origin has refused the task to its first asker, while this one shows other credentials."""
+        task = request.state["task"]
+        return isinstance(task.cdn.error, NeedAuth) and task.origin.credentials() != request.state["credentials"]
 
     @staticmethod
     def _worth_waiting(task: SwarmTask, peer: Peer) -> bool:
@@ -3975,7 +3981,8 @@ class Supernode(CdnEvents):
     def _join_locked(self, task_id: str, url: str, md5: str, origin: Origin) -> SwarmTask:
         task = self._tasks.get(task_id)
         now = self._clock()
-        if task and task.cdn.state == CdnTask.FAILED and now > task.cdn.ended_at + self._cdn.retry_s:
+        if task and task.cdn.state == CdnTask.FAILED and (now > task.cdn.ended_at + self._cdn.retry_s or (
+                isinstance(task.cdn.error, NeedAuth) and task.origin and task.origin.credentials() != origin.credentials())):
             self._forget_locked(task)  # what its peers hold may be of another version of the file
             task = None
         if not task:

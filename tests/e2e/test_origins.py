@@ -72,6 +72,19 @@ def test_who_brings_no_credentials_does_not_get_what_others_fetched_with_theirs(
     bad(host().get(url), 6)
 
 
+def test_who_brings_no_credentials_does_not_lock_out_those_who_do(origin, supernode, host, blob):
+    supernode("--fail-access-interval", "1h")
+    data = blob(2 * MB)
+    url = origin.put("f", data, auth="Bearer good", delay=0.5)
+    bad(host().get(url), 6)
+    host().get(url, "--header", "Authorization: Bearer good", "--notbs", check=data)
+    url = origin.put("g", data, auth="Bearer good", delay=1.0)
+    first = host().start(url)
+    wait_for(lambda: origin.requests("g"), 10)  # the second one joins while the first is judged
+    host().get(url, "--header", "Authorization: Bearer good", "--notbs", check=data)
+    bad(first.wait(), 6)
+
+
 @pytest.mark.parametrize("pattern", ["p2p", "source"])
 def test_missing_credentials_have_a_code_of_their_own(origin, supernode, host, blob, pattern):
     supernode()
