@@ -5513,9 +5513,10 @@ class Download:
         self.task_id = task_id_of(self.task_url, options.md5, options.identifier, self.origin.header("range"))
         self.target = self._target()
         folder, name = os.path.split(self.target)
-        hidden = os.path.join(folder, ".%s.%s.dfly" % (name[:150], self.task_id[:16]))
+        short = name.encode("utf-8", "surrogateescape")[:150].decode("utf-8", "ignore")  # a name has 255 bytes, not characters
+        hidden = os.path.join(folder, ".%s.%s.dfly" % (short, self.task_id[:16]))
         self._data, self._journal = hidden, hidden + ".journal"
-        self.name = "%s-%s" % (re.sub(r"[^\w.@+-]", "_", name)[:100], self.sign)  # Wire: 2.3, and safe in a path
+        self.name = "%s-%s" % (re.sub(r"[^\w.@+-]", "_", name, flags=re.ASCII)[:100], self.sign)  # Wire: 2.3, and safe in a path
         self.store = None  # type: Optional[TaskFile]
         self.bucket = TokenBucket(options.locallimit)
         self.reason = REASON_NONE
