@@ -1375,11 +1375,11 @@ def _listen_once(family: int, host: str, port: int) -> socket.socket:
     return sock
 
 
-def local_address_to(host: str, port: int, timeout_s: float) -> str:
-    """Return the address of this host that a connection to host:port leaves from.  Raises NetworkError.  Wire: 2.3"""
+def addresses_to(host: str, port: int, timeout_s: float) -> Tuple[str, str]:
+    """Return the addresses of both ends of a connection to host:port, ours first.  Raises NetworkError.  Wire: 2.3"""
     sock = connect(host, port, timeout_s)
     try:
-        return plain_address(sock.getsockname()[0])
+        return plain_address(sock.getsockname()[0]), plain_address(sock.getpeername()[0])
     finally:
         sock.close()
 
@@ -5628,10 +5628,11 @@ class Download:
 
     def _prepare(self, node: Node) -> None:
         """Find the own address and the host's uploader; once."""
-        self.reach = socket.gethostbyname(node.host) if not self.reach and not re.match(r"^[0-9a-fA-F:.]+$", node.host) else node.host
+        literal = re.match(r"^[\d.]+$|^[^:]*:", node.host)
+        ours, self.reach = ("", node.host) if literal and (self.cid or self.options.ip) else addresses_to(node.host, node.port, 2.0)
         if self.cid:
             return
-        self.ip = self.options.ip or local_address_to(node.host, node.port, 2.0)
+        self.ip = self.options.ip or ours
         self.cid = "%s-%s" % (self.ip, self.sign)
         if self.options.pattern == "p2p":
             self.port = start_uploader(self.home, "", self.options.port, self.options.expiretime, self.options.alivetime,
@@ -5641,10 +5642,7 @@ class Download:
 
     def _register(self, node: Node) -> Registration:
         """Register with a supernode.  Raises NetworkError, Migrate, NeedAuth.  Wire: 1"""
-        try:
-            self._prepare(node)
-        except socket.gaierror as error:
-            raise NetworkError("%s: %s" % (node, error.strerror))
+        self._prepare(node)
         body = {"superNodeIp": self.reach, "rawUrl": self.url, "taskUrl": self.task_url, "cid": self.cid, "ip": self.ip,
                 "hostName": socket.gethostname(), "port": self.port, "path": "/peer/file/" + self.name, "version": VERSION}
         options = self.options
