@@ -5541,6 +5541,8 @@ class Download:
         target = os.path.abspath(output)
         if os.path.isdir(target) or output.endswith("/"):
             raise BadUsage("%s is a folder: name the file with -o" % output)
+        if os.path.exists(target) and not os.path.isfile(target):  # as root we would put a file in the place of /dev/null
+            raise BadUsage("%s is not a regular file, and would be replaced by one" % output)
         folder = make_folder(os.path.dirname(target))
         if not os.access(folder, os.W_OK | os.X_OK):
             raise CannotWrite("%s: Permission denied" % folder)
@@ -6020,7 +6022,9 @@ def _parse(parser: Any, section: str, arguments: List[str]) -> Any:
                 raise BadUsage("[%s] %s: say true or false" % (section, key))
             parser.set_defaults(**{action.dest: value.lower() in ("true", "yes", "on", "1")})
         elif isinstance(action.default, list) and action.type is None:  # a flag that may be repeated: one a line
-            parser.set_defaults(**{action.dest: value.splitlines()})
+            parser.set_defaults(**{action.dest: value.strip().splitlines()})
+        elif action.choices and value not in action.choices:  # argparse looks at those of the command line only
+            raise BadUsage("[%s] %s: %r is none of %s" % (section, key, value, ", ".join(action.choices)))
         else:
             parser.set_defaults(**{action.dest: value})
     options = parser.parse_args(arguments)
@@ -6082,6 +6086,8 @@ def run_get(arguments: List[str], old: bool) -> int:
         raise BadUsage("not an http(s) URL: %r" % options.url)
     if options.md5 and not re.match(r"^[0-9a-fA-F]{32}$", options.md5):
         raise BadUsage("not an MD5: %r" % options.md5)
+    if not options.minrate:
+        raise BadUsage("--minrate must be more than 0")
 
     try:
         download = Download(options)
