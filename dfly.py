@@ -2147,6 +2147,25 @@ class Md5Follower:
 FORBIDDEN_NETWORKS = ("169.254.", "fe80:", "::ffff:169.254.")
 
 
+def request_url(url: str) -> Tuple[str, str]:
+    """Return `url` as HTTP can carry it, and the `Authorization` that a user and password in it make ("" without).
+
+    Raises BadRequest.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise BadRequest("not an http(s) URL: %.200r: %s" % (url, error))
+    user, at, host = parts.netloc.rpartition("@")
+    before, _, after = url.partition(parts.netloc)
+    asked = before + host + quote(after, safe="%/?:@!$&'()*+,;=~#[]|^{}`\\\"<>", errors="surrogateescape")
+    if not at:
+        return asked, ""
+    import base64
+    pair = unquote(user if ":" in user else user + ":")
+    return asked, "Basic " + base64.b64encode(pair.encode("utf-8", "surrogateescape")).decode()
+
+
 class Origin:
     """A URL with everything needed to ask for it.  Immutable; used by any thread."""
 
@@ -2160,12 +2179,18 @@ class Origin:
         for name, value in headers:
             known = next((k for k in self.headers if k.lower() == name.lower()), name)
             self.headers[known] = self.headers[known] + "," + value if known in self.headers else value
+        self._asked, basic = request_url(url)
+        if basic and not self.header("authorization"):
+            self.headers["Authorization"] = basic
         self.insecure = insecure  # whatever certificate it has is good
         self.cacerts = tuple(cacerts)  # more CAs: paths of PEM files, or PEM text
         self.guarded = guarded  # refuse FORBIDDEN_NETWORKS
-        match = re.match(r"^bytes=(\d+)-(\d*)$", self.header("range"))
+        given = self.header("range")
+        match = re.match(r"^bytes=(\d{1,18})-(\d{0,18})$", given)
         self.base = int(match.group(1)) if match else 0  # where in the origin's file our file begins
         self.limit = int(match.group(2)) + 1 if match and match.group(2) else None  # and where it ends
+        if given and (not match or (self.limit is not None and self.limit <= self.base)):
+            raise BadRequest("Range: %.80r can't be downloaded: say bytes=FIRST-LAST or bytes=FIRST-" % given)
 
     def header(self, name: str) -> str:
         """Return a header that the user gave, "" if he did not."""
@@ -2186,7 +2211,7 @@ class Origin:
         import urllib.error
         import urllib.request
         self._check_address()
-        request = urllib.request.Request(self.url, method=method)
+        request = urllib.request.Request(self._asked, method=method)
         for name, value in list(self.headers.items()) + list(headers):
             if name.lower() not in ("range", "host", "accept-encoding", "content-length", "connection"):
                 request.add_unredirected_header(name, value) if name.lower() in ("authorization", "cookie") else request.add_header(name, value)
@@ -2210,6 +2235,8 @@ class Origin:
     def _refusal(self, status: int) -> SourceError:
         if status in (401, 407):
             return NeedAuth("%s: authentication needed (%d)" % (self.url, status), status)
+        if 300 <= status < 400:
+            return SourceError("%s: redirects in a circle, or to no http(s) URL (%d)" % (self.url, status), status)
         return SourceError("%s: the origin answers %d" % (self.url, status), status)
 
     def _failure(self, reason: Any, ssl: Any) -> DflyError:
@@ -2220,7 +2247,7 @@ class Origin:
         return SourceError("%s: %s" % (self.url, getattr(reason, "strerror", None) or reason or type(reason).__name__))
 
     def _check_address(self) -> None:
-        parts = urlsplit(self.url)
+        parts = urlsplit(self._asked)
         if parts.scheme.lower() not in ("http", "https") or not parts.hostname:
             raise BadRequest("not an http(s) URL: %.200r" % self.url)
         if self.guarded:
@@ -2252,12 +2279,22 @@ class Origin:
             def redirect_request(self, request: Any, *args: Any) -> Any:
                 following = super().redirect_request(request, *args)
                 if following is not None:
-                    Origin(following.full_url, guarded=origin.guarded)._check_address()
+                    try:
+                        Origin(following.full_url, guarded=origin.guarded)._check_address()
+                    except DflyError as error:
+                        raise SourceError("%s: redirects to what is not fetched: %s" % (origin.url, error), getattr(error, "status", 0))
                     if urlsplit(following.full_url).netloc == urlsplit(request.full_url).netloc:
                         following.unredirected_hdrs.update(request.unredirected_hdrs)
                 return following
 
-            http_error_308 = urllib_request.HTTPRedirectHandler.http_error_302  # 3.11 is the first that knows it
+            def http_error_302(self, request: Any, reply: Any, *args: Any) -> Any:
+                try:
+                    return super().http_error_302(request, reply, *args)
+                except (DflyError, ValueError):  # urllib leaves the connection open
+                    reply.close()
+                    raise
+
+            http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302  # 3.11 is the first that knows 308
 
         return urllib_request.build_opener(Redirects(), *handlers)
 

@@ -1,4 +1,5 @@
 """What origins do: chunked, rangeless, gzipped, redirecting, guarded, broken, slow and far."""
+import base64
 import socket
 
 import pytest
@@ -44,6 +45,29 @@ def test_a_redirect_in_a_circle_is_an_error(origin, supernode, host):
     url = origin.put("here", redirect_to="/here")
     bad(host().get(url), 8)
     assert len(origin.log) < 60
+
+
+@pytest.mark.parametrize("pattern", ["p2p", "source"])
+def test_a_user_and_password_in_the_url_are_shown_to_the_origin(origin, supernode, host, blob, pattern):
+    supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data, auth="Basic " + base64.b64encode(b"me:p@ss").decode())
+    host().get(url.replace("://", "://me:p%40ss@"), "-p", pattern, check=data)
+
+
+@pytest.mark.parametrize("pattern", ["p2p", "source"])
+def test_a_url_may_have_letters_that_http_cannot_carry(origin, supernode, host, blob, pattern):
+    supernode()
+    data = blob(SIZE)
+    origin.put("a%20%C3%A4", data)
+    host().get(origin.base + "a \u00e4", "-p", pattern, check=data)
+
+
+@pytest.mark.parametrize("to", ["ftp://127.0.0.1/x", "file:///etc/passwd", "http://[::1", "http:///x", "http://a b/"])
+@pytest.mark.parametrize("pattern", ["p2p", "source"])
+def test_a_redirect_to_what_is_no_http_is_an_error_of_the_origin(origin, supernode, host, pattern, to):
+    supernode()
+    bad(host().get(origin.put("f", redirect_to=to), "-p", pattern), 8)
 
 
 @pytest.mark.parametrize("pattern", ["p2p", "source"])
