@@ -2312,6 +2312,7 @@ class OriginReply:
         length = headers.get("Content-Length", "")
         self.body_length = int(length) if re.match(r"^\d{1,18}$", length) and not headers.get("Transfer-Encoding") else None
         self.start = start if self.status == 206 else -origin.base  # of the body, in our file
+        self.end = None if self.body_length is None else self.start + self.body_length  # None: not known
         self.length = self._whole_length(headers.get("Content-Range", ""))  # of our file; None: not known
         if self.status == 206 and ranged:
             match = re.match(r"^bytes (\d+)-", headers.get("Content-Range", ""))
@@ -2473,7 +2474,7 @@ class Filler:
             if reply.length is not None and self.store.layout.length is None:
                 self._set_length(reply.length)
             position = self._skip(reply, position, 0)
-            while not self._past_end(position):
+            while not self._past_end(position) and not reply.end == position > reply.start:
                 layout, num = self.store.layout, position // self.store.layout.stride
                 stop = (num + 1) * layout.stride if layout.length is None else min((num + 1) * layout.stride, layout.length)
                 if position > num * layout.stride or self.store.have >> num & 1:
