@@ -5556,7 +5556,7 @@ class Download:
         self._data, self._journal = hidden, hidden + ".journal"
         self.name = "%s-%s" % (re.sub(r"[^\w.@+-]", "_", name, flags=re.ASCII)[:100], self.sign)  # Wire: 2.3, and safe in a path
         self.store = None  # type: Optional[TaskFile]
-        self.bucket = TokenBucket(options.locallimit)
+        self.bucket = TokenBucket(min(filter(None, (options.locallimit, options.totallimit)), default=0))
         self.reason = REASON_NONE
         self.ip, self.cid, self.port, self.reach = "", "", 0, ""
         self.kept = 0  # bytes that an earlier run had left
@@ -5811,6 +5811,10 @@ class Download:
                 self._peers.add(outcome.order.cid)
         if self._md5:
             self._md5.nudge()
+        self._share()
+
+    def _share(self) -> None:
+        """Ask the uploader, now and then, for this download's share of the host's limit; without one it may use all of that."""
         if self.options.totallimit and self.port and self._clock() > self._share_at + 0.4:
             self._share_at = self._clock()
             answer = self._uploader.call("POST", "/share", {"name": self.name, "want": self.options.locallimit})
@@ -5938,12 +5942,17 @@ class Download:
             self._open_store(first.length, choose_piece_size(first.length), first.version)
         assert self.store
         self._deadline = self._clock() + self.options.timeout if self.options.timeout else None
-        filler = Filler(self.origin, self.store, self.bucket, lambda num: self._source_piece(filler), stopped=self._late)
+        filler = Filler(self.origin, self.store, self.bucket, lambda num: self._md5.nudge() if self._md5 else None, stopped=self._late)
+        ended = threading.Event()
+        watcher = threading.Thread(target=self._watch_source, args=(filler, ended), name="dfly-progress", daemon=True)
+        watcher.start()
         try:
             filler.fill(first)
         except Stalled as error:
             raise Stalled("not finished within the %s allowed: %s" % (show_time(self.options.timeout), error))
         finally:
+            ended.set()
+            watcher.join()
             self.bytes["origin"] += filler.read_bytes
         self._settle()
         self._publish()
@@ -5961,12 +5970,16 @@ class Download:
     def _late(self) -> bool:
         return self._deadline is not None and self._clock() > self._deadline
 
-    def _source_piece(self, filler: Filler) -> None:
-        assert self.store
-        self.progress.show(filler.read_bytes, self.store.layout.length, self.kept, 0, 0.0, "waiting: the origin sends nothing")
-        if self._md5:
-            self._md5.nudge()
-
+    def _watch_source(self, filler: Filler, ended: threading.Event) -> None:
+        """Show progress and keep to the host's limit until `ended`, on a thread of its own: the reader may wait long for a byte."""
+        store = self.store
+        assert store
+        try:
+            while not ended.wait(0.2):
+                self._share()
+                self.progress.show(filler.read_bytes, store.layout.length, self.kept, 0, 0.0, "waiting: the origin sends nothing")
+        except OSError:  # nobody reads our lines any more: the last one will meet the same
+            pass
 
     # -- the last lines --------------------------------------------------------------
 
