@@ -923,6 +923,7 @@ class Server:
         self._jobs = queue.Queue()  # type: queue.Queue
         self._workers = []  # type: List[threading.Thread]
         self._busy = 0  # jobs that wait or run
+        self._deciding = False  # a handler runs and may be about to park: what it waits for must not come unheard meanwhile
         self.address = sock.getsockname()[:2]
         self.sent_bytes = 0  # of files
         self.requests = collections.Counter()  # type: Dict[str, int]  # by handler
@@ -947,7 +948,7 @@ class Server:
 
     def notify(self, key: Any) -> None:
         """Run again what is parked under `key`.  From any thread."""
-        if key in self._parked:
+        if key in self._parked or self._deciding:
             self.post(lambda: self._unpark(key))
 
     def post(self, call: Callable[[], None]) -> None:
@@ -1167,7 +1168,9 @@ class Server:
         """Run the handler of a link, here or on a worker."""
         assert link.route and link.request
         if not link.route.worker:
+            self._deciding = True
             self._take(link, self._outcome(link.route, link.request))
+            self._deciding = False
             return
         self._set(link, _Link.WORKING, 3600.0)
         self._busy += 1
@@ -1589,11 +1592,13 @@ class HttpLink:
 
     def reply(self) -> Reply:
         """Wait for the head of the answer.  Raises NetworkError, TimedOut."""
-        while b"\r\n\r\n" not in self._ahead:
-            if len(self._ahead) > MAX_HEAD:
-                raise NetworkError("%s sends no end of its head" % self)
-            self._more()
-        head, _, self._ahead = self._ahead.partition(b"\r\n\r\n")
+        head = b"HTTP/1.1 100 "
+        while re.match(br"^HTTP/1\.[01] 1\d\d ", head):  # not yet the answer
+            while b"\r\n\r\n" not in self._ahead:
+                if len(self._ahead) > MAX_HEAD:
+                    raise NetworkError("%s sends no end of its head" % self)
+                self._more()
+            head, _, self._ahead = self._ahead.partition(b"\r\n\r\n")
         try:
             line, headers = parse_head(head)
         except BadRequest as error:
@@ -1601,8 +1606,6 @@ class HttpLink:
         match = _STATUS_LINE.match(line)
         if not match:
             raise NetworkError("%s does not speak HTTP: %.40r" % (self, line))
-        if match.group(2) == "100":
-            return self.reply()
         self.fresh = False
         return Reply(self, int(match.group(2)), headers, match.group(1) == "0")
 
