@@ -5305,26 +5305,44 @@ class SyncLine:
             self._idle.append(link)
         else:
             link.close()
-        self._eager = answer.get("eager", self._eager)
-        if answer.get("version") and not self._registration.version:
-            self._store.set_version(answer["version"])
-        if answer.get("length") is not None:
-            self._store.set_length(answer["length"])
+        try:
+            self._learn(answer)
+            orders = self._orders(answer) if code == CONTINUE else []
+        except (NoSuchPiece, AttributeError, KeyError, TypeError, ValueError):
+            raise Migrate("supernode %s hands out what can't be read: %.200s" % (self._node, text.decode("utf-8", "replace")))
         if code == CONTINUE:
-            self._take(answer)
+            self.reason = ""
+            for order in orders:
+                self._fetchers.put(order)
         elif code == FINISH:
+            if not self._store.complete:  # Wire: 16 (19)
+                raise Migrate("supernode %s says that the download is finished, but pieces are missing" % str(self._node))
             self.finished = True
         elif code == WAIT:
             self.reason = answer.get("msg") or self.reason
         else:
             raise Migrate("supernode %s: code %s: %s" % (self._node, code, answer.get("msg", "")))
 
-    def _take(self, answer: Dict[str, Any]) -> None:
-        self.reason = ""
-        layout = self._store.layout
+    def _learn(self, answer: Dict[str, Any]) -> None:
+        """Take what an answer says about the file.  Raises ValueError, TypeError."""
+        self._eager = bool(answer.get("eager", self._eager))
+        if answer.get("version") and not self._registration.version:
+            self._store.set_version(str(answer["version"]))
+        length, layout = answer.get("length"), self._store.layout
+        if length is not None:
+            if not 0 <= length <= MAX_COUNT * layout.stride or layout.length not in (None, length):
+                raise ValueError(length)
+            self._store.set_length(int(length))
+
+    def _orders(self, answer: Dict[str, Any]) -> List[Order]:
+        """Return the pieces that an answer hands out.  Raises NoSuchPiece, and what Python does of answers of another form."""
+        orders = []
         for num, cid, digest in answer["pieces"]:
             host, port, path = answer["holders"][cid]
-            self._fetchers.put(Order(num, cid, host, port, path, digest or "", layout.range_text(num)))
+            if not (0 < port < 65536 and path.startswith("/") and not host.startswith("/") and (digest is None or digest.startswith("sha256:"))):
+                raise ValueError(cid)
+            orders.append(Order(int(num), cid, host, port, path, digest or "", self._store.layout.range_text(num)))
+        return orders
 
     def close(self) -> None:
         """Say what is still unsaid, without waiting for more than a moment, and hang up."""
@@ -5737,13 +5755,18 @@ class Download:
             length, size, task_id = int(data["fileLength"]), int(data["pieceSize"]), str(data["taskId"])
         except (KeyError, TypeError, ValueError):
             raise Migrate("supernode %s: a register answer that can't be read: %.300s" % (node, data))
-        if not WRAP < size <= 1 << 27 or length < -1 or not re.match(r"^[\w.:~-]{1,256}$", task_id):
+        if not WRAP < size <= 1 << 27 or not -1 <= length <= MAX_COUNT * (size - WRAP) or not re.match(r"^[\w.:~-]{1,256}$", task_id):
             raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
         extra = data.get("dfly") or {}
         content = None
+        if not isinstance(extra, dict):
+            raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
         if "content" in extra:
             import base64
-            content = base64.b64decode(extra["content"])
+            try:
+                content = base64.b64decode(extra["content"])
+            except (TypeError, ValueError):
+                raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
         plain = data.get("cdnSource") == "source"
         version = str(extra.get("version", "")) if extra or plain else UNNAMED
         return Registration(node, task_id, None if length < 0 else length, size, bool(extra), version, content, plain)
