@@ -3644,7 +3644,6 @@ SYNC_WAIT_S = 15.0  # how long a sync is held when there is nothing to say
 PULL_WAIT_S = 0.4  # the same for an old pull: dfget 0.2 gives up after 3 s and then sleeps up to 2
 REGISTER_WAIT_S = 2.5  # for the origin to say how long the file is; old clients give up after 5 s
 SMALL = 256 << 10  # bytes: a file up to this size travels inside the register answer
-OLD_ROOM = 4  # pieces an old client may have under way.  Wire: 14 (9)
 
 
 class Peer:
@@ -3783,9 +3782,10 @@ class Supernode(CdnEvents):
     )
 
     def __init__(self, home: str, advertise_ip: str, log: Log, scheduler: Scheduler, cdn: Cdn, expire_s: float,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 down_limit: int = 4, clock: Callable[[], float] = time.monotonic) -> None:
         self.home, self.ip, self.log = home, advertise_ip, log
         self._clock = clock
+        self._down_limit = down_limit  # pieces an old client may have under way.  Wire: 14 (9)
         self._expire_s = expire_s  # how long a task nobody asks for stays in memory
         self._lock = threading.RLock()
         self._scheduler, self._cdn = scheduler, cdn
@@ -4197,7 +4197,7 @@ class Supernode(CdnEvents):
         with self._lock:
             running = self._scheduler.inflight(task.task_id, peer.cid)
             if not finished:
-                self._scheduler.request(task.task_id, peer.cid, OLD_ROOM, self._clock())
+                self._scheduler.request(task.task_id, peer.cid, self._down_limit, self._clock())
             fresh = self._scheduler.take(task.task_id, peer.cid)
             pieces = [(a.num, task.peers.get(a.holder)) for a in fresh or running if a.holder == SEED or a.holder in task.peers]
         self._after()
@@ -6248,7 +6248,7 @@ def run_supernode(arguments: List[str]) -> int:
     cdn = Cdn(options.home, log, TokenBucket(rate), options.fail_access_interval, options.disk_reserve)
     scheduler = Scheduler(up_slots=options.up_limit, seed_slots=options.seed_limit)
     ip = options.advertise_ip or first_address()
-    supernode = Supernode(options.home, ip, log, scheduler, cdn, options.task_expire_time)
+    supernode = Supernode(options.home, ip, log, scheduler, cdn, options.task_expire_time, options.down_limit)
     api_sock, piece_sock = listen(options.bind, options.port), listen(options.bind, options.download_port)
     api = Server(api_sock, Supernode.ROUTES, supernode, log, "api")
     pieces = Server(piece_sock, Supernode.PIECE_ROUTES, supernode, log, "pieces", TokenBucket(rate))
