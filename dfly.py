@@ -3895,9 +3895,12 @@ class Supernode(CdnEvents):
         with self._lock:
             now = self._clock()
             for task in self._tasks.values():
-                for peer in task.peers.values():
+                for peer in list(task.peers.values()):
                     if not peer.finished and now > peer.seen_at + (4 * SYNC_WAIT_S if peer.native else self._expire_s):
                         self._leave_locked(task, peer)
+                    if peer.finished and not peer.port and now > peer.seen_at + self._expire_s:  # it serves nobody: nothing else will end it
+                        del task.peers[peer.cid]
+                        self._scheduler.drop_peer(task.task_id, peer.cid, now)
         self._after()
         self._api.later(1.0, self._watch_peers)
 

@@ -2,10 +2,11 @@
 import hashlib
 import http.server
 import os
+import re
 import socketserver
 import threading
 
-from world import CONTENT, MB, PIECE, descriptors, good, wait_for
+from world import CONTENT, MB, PIECE, ask, descriptors, good, wait_for
 
 
 def half_written(host, name="out"):
@@ -278,6 +279,23 @@ def test_the_supernode_holds_no_descriptor_for_peers_that_are_gone(origin, super
     for _ in range(3):
         host().get(url, check=data)
     wait_for(lambda: descriptors(node.pid) <= before + 2, 30, "descriptors back to %d" % before)
+
+
+def test_the_supernode_forgets_clients_that_serve_nobody_while_the_task_lives_on(origin, supernode, host, blob):
+    node = supernode("--task-expire-time", "2s")
+    data = blob(MB)
+    url = origin.put("f", data)
+    here = host()
+    here.get(url, "-p", "cdn", check=data)
+    with open(os.path.join(node.home, "logs", "app.log")) as f:
+        task = re.search(r"register (\S+)", f.read()).group(1)
+    assert node.metrics()["dfly_peers"] == 1
+
+    def forgotten():
+        assert ask((node.ip, node.cdn_port), "GET", "/download/%s/%s" % (task[:3], task), headers={"Range": "bytes=0-9"}).status == 206
+        return node.metrics()["dfly_peers"] == 0
+    wait_for(forgotten, 20)
+    assert node.metrics()["dfly_tasks"] == 1
 
 
 def test_what_the_supernode_keeps_survives_its_restart(origin, supernode, host, blob, world):
