@@ -4943,6 +4943,7 @@ FETCHERS = 3  # pieces under way at once, as many as a peer uploads: where all h
 AHEAD_S = 0.1  # how long before its end a piece is announced, at most: more puts ever more under way, all of them slower
 AHEAD = 64  # pieces a lone download may have been promised beyond those
 PEER_SILENCE_S = 3.0  # from a peer, before its piece is asked for elsewhere
+PEER_LEAST = 1024.0  # bytes/s, of a peer that is not silent
 SEED_SILENCE_S = 30.0  # from a supernode, which holds a request until the origin has sent that far
 UNNAMED = "unnamed"  # version of a file from an old supernode, whose digest of the whole file decides in the end
 STALL_S = 5.0  # without a byte, before the reason is printed
@@ -5126,15 +5127,21 @@ class Fetchers:
         head, expected = 0 if order.plain else 4, self._length_of(order)
         total = expected if order.plain else expected + WRAP
         frame, got, began = b"", 0, time.monotonic()
+        waited, came = 0.0, 0  # seconds spent on reading, and bytes read, since its pace was last looked at
         while got < total:
             if self._stopping or self._store.have >> order.num & 1:
                 raise _Superseded("piece %d is here already, or the download ends" % order.num)
             most = min(total - got, self._bucket.chunk(self._watch_pace(order, link, reply, total - got)))
             self._bucket.take(most)
+            asked = time.monotonic()
             count = reply.read_into(buffer[:most])
             if not count:
                 raise self._short(order, got, total)
             self.received += count
+            waited, came = waited + time.monotonic() - asked, came + count
+            if waited > PEER_SILENCE_S:
+                self._check_pace(order, came / waited)
+                waited, came = 0.0, 0
             begin, end = max(0, head - got), max(0, head + expected - got)  # of the plain bytes among these
             frame += bytes(buffer[:min(begin, count)]) + bytes(buffer[max(begin, end):count])
             view = buffer[begin:min(end, count)]
@@ -5160,6 +5167,12 @@ class Fetchers:
             os.write(self._wake_w, b"x")
         most = int(min(CHUNK, max(CHUNK / 4, pace * 0.02)))
         return min(most, left - int(pace * AHEAD_S)) if pace * AHEAD_S < left else most
+
+    def _check_pace(self, order: Order, pace: float) -> None:
+        """Give up on a peer that only drips, and on one far slower than the others while pieces wait for a thread.  Raises TimedOut."""
+        least = max(PEER_LEAST, self._pace / 20 if self._queue.qsize() else 0.0)
+        if pace < least and not order.plain and not order.cid.startswith("cdnnode:"):
+            raise TimedOut("%s sends %s/s" % (join_host(order.host, order.port), show_size(pace)))
 
     def _length_of(self, order: Order) -> int:
         """Return the plain bytes the piece must have."""

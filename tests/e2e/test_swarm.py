@@ -140,9 +140,9 @@ def test_an_uploader_killed_in_the_middle_of_a_download_costs_nothing(origin, su
 
 class FalsePeer:
     """A host that registers like dfget 1.0.6, claims to have every piece, and serves garbage, or when `silent` nothing at all;
-    when `early`, it registers as ours do, claims `early` (a mask) before the supernode has it, and swears to its garbage."""
+    when `dripping`, a byte now and then; when `early`, it registers as ours do, claims `early` (a mask) before the supernode has it, and swears to its garbage."""
 
-    def __init__(self, node, url, silent=False, early=0):
+    def __init__(self, node, url, silent=False, early=0, dripping=False):
         self.asked = 0                          # pieces that others wanted from it
         self.closing = threading.Event()
         peer = self
@@ -164,6 +164,8 @@ class FalsePeer:
                 if early:
                     self.send_header("X-Dfly", "sha256:" + hashlib.sha256(plain).hexdigest())
                 self.end_headers()
+                while dripping and not peer.closing.wait(0.5):
+                    self.wfile.write(b"x")
                 self.wfile.write((len(plain) | size << 4).to_bytes(4, "big") + plain + b"\x7f" if early else b"\xee" * length)
 
             def log_message(self, *args):
@@ -176,24 +178,25 @@ class FalsePeer:
             def handle_error(self, request, client_address):
                 pass
 
-        for port in range(20000 + os.getpid() % 20000, 64000):
+        for self.port in range(20000 + os.getpid() % 20000, 64000):
             try:
-                self.server = Server(("127.0.0.1", port), Handler)
+                self.server = Server(("127.0.0.1", self.port), Handler)
                 break
             except OSError:
                 continue
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
         self.thread.start()
         if early:
-            self.claim(node, url, port, early)
+            self.claim(node, url, early)
         else:
-            self.claimed = len(list(node.old_client(url, "127.0.0.1-77777-1795408506.429", port)))
+            self.claimed = len(list(node.old_client(url, "127.0.0.1-%d-1795408506.429" % self.port, self.port)))
 
-    def claim(self, node, url, port, mask):
+    def claim(self, node, url, mask):
+        self.cid = "127.0.0.1-%d-1795408506.429" % self.port
         answer = node.ask("POST", "/peer/registry", {
-            "superNodeIp": node.ip, "rawUrl": url, "taskUrl": url, "cid": "127.0.0.1-77777-1795408506.429", "ip": "127.0.0.1",
-            "port": port, "path": "/peer/file/liar"}, {"X-Dfly": "1 "}).json
-        self.told = node.ask("POST", "/peer/sync", {"task": answer["data"]["taskId"], "cid": "127.0.0.1-77777-1795408506.429",
+            "superNodeIp": node.ip, "rawUrl": url, "taskUrl": url, "cid": self.cid, "ip": "127.0.0.1",
+            "port": self.port, "path": "/peer/file/liar"}, {"X-Dfly": "1 "}).json
+        self.told = node.ask("POST", "/peer/sync", {"task": answer["data"]["taskId"], "cid": self.cid,
                                                     "have": "%x" % mask, "wait": 0})
 
     def close(self):
@@ -236,6 +239,21 @@ def test_a_peer_that_swears_to_a_piece_before_the_supernode_has_it_is_not_believ
             assert good(command.wait(), data).reason == 0
     finally:
         liar.close()
+
+
+def test_peers_that_only_drip_do_not_hold_a_download_up(origin, supernode, host, blob):
+    """As many as a download has threads."""
+    node = supernode()
+    data = blob(8 * MB)
+    url = origin.put("f", data)
+    host().get(url, "-p", "cdn", check=data)
+    drippers = [FalsePeer(node, url, dripping=True) for _ in range(6)]
+    try:
+        result = host().get(url, "--notbs", timeout=90, check=data)
+        assert sum(d.asked for d in drippers) and result.seconds < 60, result.last
+    finally:
+        for dripper in drippers:
+            dripper.close()
 
 
 def test_a_peer_that_claims_pieces_behind_the_end_holds_nobody_up(origin, supernode, host, blob):
