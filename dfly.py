@@ -2157,6 +2157,7 @@ def request_url(url: str) -> Tuple[str, str]:
     """
     try:
         parts = urlsplit(url)
+        parts.port  # noqa: B018 raises where there is none such
     except ValueError as error:
         raise BadRequest("not an http(s) URL: %.200r: %s" % (url, error))
     user, at, host = parts.netloc.rpartition("@")

@@ -52,6 +52,7 @@ REGISTER = {
     "not UTF-8": b"\xff\xfe{}", "no url": register(rawUrl=None, taskUrl=None), "no cid": register(cid=""), "no path": register(path=""),
     "ftp": register(rawUrl="ftp://x/y"), "file": register(rawUrl="file:///etc/passwd"), "no host": register(rawUrl="http://"),
     "line break in the url": register(rawUrl="http://127.0.0.1:9/x\r\nHost: evil"), "negative port": register(port=-1),
+    "a port beyond all in the url": register(rawUrl="http://127.0.0.1:99999/x"),
     "huge port": register(port=10 ** 30), "odd port": register(port=[1]), "url is a number": register(rawUrl=5),
     "headers are text": register(headers="X: y", rawUrl="nonsense"), "header with a line break": register(headers=["X: a\r\nEvil: b"]),
     "header is a number": register(headers=[5]), "bad ip": register(ip="999.1.1.1"), "path tricks": register(path="http://127.0.0.1/evil"),

@@ -119,7 +119,7 @@ def test_a_right_md5_is_accepted_and_a_wrong_one_leaves_no_file(origin, supernod
     ["-u", "ftp://127.0.0.1/x"], ["-u", "nonsense"], [], ["-u", "http://127.0.0.1/x", "--bogus"],
     ["-u", "http://127.0.0.1/x", "-m", "xyz"], ["-u", "http://127.0.0.1/x", "-s", "fast"],
     ["-u", "http://127.0.0.1/x", "-e", "soon"], ["-u", "http://127.0.0.1/x", "-p", "carrier-pigeon"],
-    ["-u", "http://127.0.0.1/x", "--minrate", "0"], ["-u", "http://[::1/x"], ["-u", "http://127.0.0.1/x", "--header", "Range: bytes=-5"],
+    ["-u", "http://127.0.0.1/x", "--minrate", "0"], ["-u", "http://[::1/x"], ["-u", "http://127.0.0.1:99999/x"], ["-u", "http://127.0.0.1/x", "--header", "Range: bytes=-5"],
     ["-u", "http://127.0.0.1/x", "-n", "host:99999"], ["-u", "http://127.0.0.1/x", "--header", "no colon"],
     ["-u", "http://127.0.0.1/x", "--config", "/nonexistent.conf"]])
 def test_bad_usage_is_said_in_one_line(world, host, arguments):
