@@ -923,6 +923,7 @@ class Server:
         self._jobs = queue.Queue()  # type: queue.Queue
         self._workers = []  # type: List[threading.Thread]
         self._busy = 0  # jobs that wait or run
+        self._deciding = False  # a handler runs and may be about to park: what it waits for must not come unheard meanwhile
         self.address = sock.getsockname()[:2]
         self.sent_bytes = 0  # of files
         self.requests = collections.Counter()  # type: Dict[str, int]  # by handler
@@ -947,7 +948,7 @@ class Server:
 
     def notify(self, key: Any) -> None:
         """Run again what is parked under `key`.  From any thread."""
-        if key in self._parked:
+        if key in self._parked or self._deciding:
             self.post(lambda: self._unpark(key))
 
     def post(self, call: Callable[[], None]) -> None:
@@ -1167,7 +1168,9 @@ class Server:
         """Run the handler of a link, here or on a worker."""
         assert link.route and link.request
         if not link.route.worker:
+            self._deciding = True
             self._take(link, self._outcome(link.route, link.request))
+            self._deciding = False
             return
         self._set(link, _Link.WORKING, 3600.0)
         self._busy += 1
@@ -1375,11 +1378,11 @@ def _listen_once(family: int, host: str, port: int) -> socket.socket:
     return sock
 
 
-def local_address_to(host: str, port: int, timeout_s: float) -> str:
-    """Return the address of this host that a connection to host:port leaves from.  Raises NetworkError.  Wire: 2.3"""
+def addresses_to(host: str, port: int, timeout_s: float) -> Tuple[str, str]:
+    """Return the addresses of both ends of a connection to host:port, ours first.  Raises NetworkError.  Wire: 2.3"""
     sock = connect(host, port, timeout_s)
     try:
-        return plain_address(sock.getsockname()[0])
+        return plain_address(sock.getsockname()[0]), plain_address(sock.getpeername()[0])
     finally:
         sock.close()
 
@@ -1607,11 +1610,13 @@ class HttpLink:
 
     def reply(self) -> Reply:
         """Wait for the head of the answer.  Raises NetworkError, TimedOut."""
-        while b"\r\n\r\n" not in self._ahead:
-            if len(self._ahead) > MAX_HEAD:
-                raise NetworkError("%s sends no end of its head" % self)
-            self._more()
-        head, _, self._ahead = self._ahead.partition(b"\r\n\r\n")
+        head = b"HTTP/1.1 100 "
+        while re.match(br"^HTTP/1\.[01] 1\d\d ", head):  # not yet the answer
+            while b"\r\n\r\n" not in self._ahead:
+                if len(self._ahead) > MAX_HEAD:
+                    raise NetworkError("%s sends no end of its head" % self)
+                self._more()
+            head, _, self._ahead = self._ahead.partition(b"\r\n\r\n")
         try:
             line, headers = parse_head(head)
         except BadRequest as error:
@@ -1619,8 +1624,6 @@ class HttpLink:
         match = _STATUS_LINE.match(line)
         if not match:
             raise NetworkError("%s does not speak HTTP: %.40r" % (self, line))
-        if match.group(2) == "100":
-            return self.reply()
         self.fresh = False
         return Reply(self, int(match.group(2)), headers, match.group(1) == "0")
 
@@ -1939,6 +1942,15 @@ class TaskFile:
         assert self.layout.count is not None
         return (1 << self.layout.count) - 1 & ~self.have
 
+    def set_version(self, version: str) -> None:
+        """Note which version of the file the pieces are of, once that is known.  Raises NoSpace, CannotWrite."""
+        if self.about.get("version", "") != version:
+            self.about = dict(self.about, version=version)
+            try:
+                self._rewrite()
+            except OSError as error:
+                raise os_error(error, self.journal)
+
     def set_length(self, length: int) -> None:
         """Note the file's length, once it is known, and cut the file to it.  Raises NoSpace, CannotWrite."""
         with self._lock:
@@ -2163,6 +2175,26 @@ class Md5Follower:
 FORBIDDEN_NETWORKS = ("169.254.", "fe80:", "::ffff:169.254.")
 
 
+def request_url(url: str) -> Tuple[str, str]:
+    """Return `url` as HTTP can carry it, and the `Authorization` that a user and password in it make ("" without).
+
+    Raises BadRequest.
+    """
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 raises where there is none such
+    except ValueError as error:
+        raise BadRequest("not an http(s) URL: %.200r: %s" % (url, error))
+    user, at, host = parts.netloc.rpartition("@")
+    before, _, after = url.partition(parts.netloc)
+    asked = before + host + quote(after, safe="%/?:@!$&'()*+,;=~#[]|^{}`\\\"<>", errors="surrogateescape")
+    if not at:
+        return asked, ""
+    import base64
+    pair = unquote(user if ":" in user else user + ":")
+    return asked, "Basic " + base64.b64encode(pair.encode("utf-8", "surrogateescape")).decode()
+
+
 class Origin:
     """A URL with everything needed to ask for it.  Immutable; used by any thread."""
 
@@ -2176,12 +2208,18 @@ class Origin:
         for name, value in headers:
             known = next((k for k in self.headers if k.lower() == name.lower()), name)
             self.headers[known] = self.headers[known] + "," + value if known in self.headers else value
+        self._asked, basic = request_url(url)
+        if basic and not self.header("authorization"):
+            self.headers["Authorization"] = basic
         self.insecure = insecure  # whatever certificate it has is good
         self.cacerts = tuple(cacerts)  # more CAs: paths of PEM files, or PEM text
         self.guarded = guarded  # refuse FORBIDDEN_NETWORKS
-        match = re.match(r"^bytes=(\d+)-(\d*)$", self.header("range"))
+        given = self.header("range")
+        match = re.match(r"^bytes=(\d{1,18})-(\d{0,18})$", given)
         self.base = int(match.group(1)) if match else 0  # where in the origin's file our file begins
         self.limit = int(match.group(2)) + 1 if match and match.group(2) else None  # and where it ends
+        if given and (not match or (self.limit is not None and self.limit <= self.base)):
+            raise BadRequest("Range: %.80r can't be downloaded: say bytes=FIRST-LAST or bytes=FIRST-" % given)
 
     def header(self, name: str) -> str:
         """Return a header that the user gave, "" if he did not."""
@@ -2202,7 +2240,7 @@ class Origin:
         import urllib.error
         import urllib.request
         self._check_address()
-        request = urllib.request.Request(self.url, method=method)
+        request = urllib.request.Request(self._asked, method=method)
         for name, value in list(self.headers.items()) + list(headers):
             if name.lower() not in ("range", "host", "accept-encoding", "content-length", "connection"):
                 request.add_unredirected_header(name, value) if name.lower() in ("authorization", "cookie") else request.add_header(name, value)
@@ -2226,6 +2264,8 @@ class Origin:
     def _refusal(self, status: int) -> SourceError:
         if status in (401, 407):
             return NeedAuth("%s: authentication needed (%d)" % (self.url, status), status)
+        if 300 <= status < 400:
+            return SourceError("%s: redirects in a circle, or to no http(s) URL (%d)" % (self.url, status), status)
         return SourceError("%s: the origin answers %d" % (self.url, status), status)
 
     def _failure(self, reason: Any, ssl: Any) -> DflyError:
@@ -2236,7 +2276,7 @@ class Origin:
         return SourceError("%s: %s" % (self.url, getattr(reason, "strerror", None) or reason or type(reason).__name__))
 
     def _check_address(self) -> None:
-        parts = urlsplit(self.url)
+        parts = urlsplit(self._asked)
         if parts.scheme.lower() not in ("http", "https") or not parts.hostname:
             raise BadRequest("not an http(s) URL: %.200r" % self.url)
         if self.guarded:
@@ -2268,12 +2308,22 @@ class Origin:
             def redirect_request(self, request: Any, *args: Any) -> Any:
                 following = super().redirect_request(request, *args)
                 if following is not None:
-                    Origin(following.full_url, guarded=origin.guarded)._check_address()
+                    try:
+                        Origin(following.full_url, guarded=origin.guarded)._check_address()
+                    except DflyError as error:
+                        raise SourceError("%s: redirects to what is not fetched: %s" % (origin.url, error), getattr(error, "status", 0))
                     if urlsplit(following.full_url).netloc == urlsplit(request.full_url).netloc:
                         following.unredirected_hdrs.update(request.unredirected_hdrs)
                 return following
 
-            http_error_308 = urllib_request.HTTPRedirectHandler.http_error_302  # 3.11 is the first that knows it
+            def http_error_302(self, request: Any, reply: Any, *args: Any) -> Any:
+                try:
+                    return super().http_error_302(request, reply, *args)
+                except (DflyError, ValueError):  # urllib leaves the connection open
+                    reply.close()
+                    raise
+
+            http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302  # 3.11 is the first that knows 308
 
         return urllib_request.build_opener(Redirects(), *handlers)
 
@@ -2291,6 +2341,7 @@ class OriginReply:
         length = headers.get("Content-Length", "")
         self.body_length = int(length) if re.match(r"^\d{1,18}$", length) and not headers.get("Transfer-Encoding") else None
         self.start = start if self.status == 206 else -origin.base  # of the body, in our file
+        self.end = None if self.body_length is None else self.start + self.body_length  # None: not known
         self.length = self._whole_length(headers.get("Content-Range", ""))  # of our file; None: not known
         if self.status == 206 and ranged:
             match = re.match(r"^bytes (\d+)-", headers.get("Content-Range", ""))
@@ -2329,15 +2380,27 @@ class OriginReply:
         self._response.close()
 
 
+def version_parts(version: str) -> Tuple[str, str, str]:
+    """Return (ETag, Last-Modified, length) of an origin's version; nothing of a name that a supernode made up itself."""
+    parts = version.rsplit("|", 2)  # an ETag may have anything in it
+    return (parts[0], parts[1], parts[2]) if len(parts) == 3 else ("", "", "")
+
+
+def same_version(one: str, other: str) -> bool:
+    """Return whether two versions may be of one file: an answer without a length does not contradict one with it."""
+    a, b = version_parts(one), version_parts(other)
+    return a[:2] == b[:2] and (a[2] == b[2] or not a[2] or not b[2])
+
+
 def if_none_match(version: str) -> List[Tuple[str, str]]:
     """Return the headers that make the origin answer 304 while it still has `version`.  Wire: 10.3"""
-    etag, modified, _ = version.split("|")
+    etag, modified, _ = version_parts(version)
     return [pair for pair in (("If-None-Match", etag), ("If-Modified-Since", modified)) if pair[1]]
 
 
 def if_range(version: str) -> List[Tuple[str, str]]:
     """Return the header that makes the origin send the whole file when it no longer has `version`."""
-    etag, modified = version.split("|")[:2] if version else ("", "")
+    etag, modified, _ = version_parts(version)
     mark = etag if etag and not etag.startswith("W/") else modified
     return [("If-Range", mark)] if mark else []
 
@@ -2404,15 +2467,17 @@ class Filler:
                 self._sleep(self.PAUSE_S * 2 ** (failures - 1))
 
     def _reopen(self) -> OriginReply:
-        """Ask for the first run of missing bytes.  Raises SourceChanged when it is another file now."""
+        """Ask for the first run of missing bytes.  Raises SourceChanged when it is, or may be, another file now."""
         layout = self.store.layout
         start, end = self._first_gap()
         old = self.store.about.get("version", "")
+        if self.store.have and not any(version_parts(old)):
+            raise SourceChanged("%s: the origin names no version (ETag, Last-Modified) by which to go on in the middle" % self.origin.url)
         if not start and (end is None or end == layout.length):
             reply = self.origin.open()
         else:
             reply = self.origin.open(start, end, if_range(old))
-        if (old or self.store.have) and (reply.version != old or (layout.length is not None and reply.length not in (None, layout.length))):
+        if (old or self.store.have) and (not same_version(reply.version, old) or (layout.length is not None and reply.length not in (None, layout.length))):
             reply.close()
             raise SourceChanged("%s: the origin has another file now" % self.origin.url)
         return reply
@@ -2438,7 +2503,7 @@ class Filler:
             if reply.length is not None and self.store.layout.length is None:
                 self._set_length(reply.length)
             position = self._skip(reply, position, 0)
-            while not self._past_end(position):
+            while not self._past_end(position) and not reply.end == position > reply.start:
                 layout, num = self.store.layout, position // self.store.layout.stride
                 stop = (num + 1) * layout.stride if layout.length is None else min((num + 1) * layout.stride, layout.length)
                 if position > num * layout.stride or self.store.have >> num & 1:
@@ -3096,8 +3161,7 @@ class Scheduler:
             if holder is peer or peer.seed_only or (peer.blocked and peer.blocked.get(holder.cid, 0) > now) or (
                     peer.legacy and ":" in str(holder.host.key[0])):  # an old client can't write an IPv6 address
                 return 0
-            if peer.legacy:
-                nums &= task.seeded
+            nums &= task.seeded  # of another piece nobody could say what it must be
         common = _common(peer, holder)
         if holder is not None and holder.host not in peer.host.partners and not self._may_meet(peer.host, holder.host, common):
             return 0
@@ -3219,7 +3283,7 @@ class Scheduler:
         fastest = max([h.host.speed for h in holders] or [0.0]) or 1.0
         load = {h: 0.0 for h in holders}
         for num in nums_of(wanted)[:count]:
-            able = [h for h in holders if h.offers >> num & 1]
+            able = [h for h in holders if h.offers >> num & 1] if task.seeded >> num & 1 else []
             best = min(able, key=lambda h: load[h]) if able else None
             if best:
                 load[best] += fastest / (best.host.speed or fastest)
@@ -3369,7 +3433,8 @@ class CdnTask:
         self.error = None  # type: Optional[DflyError]
         self.store = None  # type: Optional[TaskFile]
         self.ended_at = 0.0  # monotonic
-        self.promised_size = 0  # of pieces, told to somebody before the length was known
+        self.likely_size = MIB  # of pieces, as far as can be said before the origin has answered
+        self.promised_size = 0  # the same, once it has been told to somebody
         self.version = ""  # names this very copy to peers that resume, also where the origin names none
         self.origin_bytes = 0  # read from the origin, by all fetches
         self._lock = threading.Lock()
@@ -3453,19 +3518,36 @@ class CdnTask:
         if self.store:  # only a piece or the rest is missing
             self._fill(origin, None)
             return
-        kept = TaskFile.resume(self.path, self.path + ".journal")
-        version = kept.about.get("version", "") if kept else ""
-        if kept and not version:
-            kept.close()
-            kept = None  # nothing could tell us whether it is still the origin's file
-        reply = self._ask(origin, kept)
-        if kept and (reply is None or reply.status == 304 or reply.version == version):
+        kept = self._kept()
+        try:
+            reply = self._ask(origin, kept)
+        except DflyError:
+            if kept:
+                kept.close()  # it is locked as long as it is open
+            raise
+        if kept and (reply is None or self._unchanged(kept, reply)):
             self._reuse(origin, kept, reply)
             return
         if kept:
             kept.close()
         assert reply
         self._anew(origin, reply)
+
+    def _kept(self) -> Optional[TaskFile]:
+        """Return what an earlier run has left, if it can still be of use."""
+        kept = TaskFile.resume(self.path, self.path + ".journal")
+        if kept and (not any(version_parts(kept.about.get("version", "")))  # nothing could tell us whether it is still the origin's file
+                     or self.promised_size not in (0, kept.layout.size)):
+            kept.close()
+            return None
+        if kept:
+            self.likely_size = kept.layout.size
+        return kept
+
+    @staticmethod
+    def _unchanged(kept: TaskFile, reply: OriginReply) -> bool:
+        return reply.status == 304 or (same_version(reply.version, kept.about["version"])
+                                       and (reply.length is None or kept.layout.length in (None, reply.length)))
 
     def _ask(self, origin: Origin, kept: Optional[TaskFile]) -> Optional[OriginReply]:
         """Ask the origin for the file, or whether it has changed; None when it can't be reached and we have it all."""
@@ -3621,7 +3703,6 @@ SYNC_WAIT_S = 15.0  # how long a sync is held when there is nothing to say
 PULL_WAIT_S = 0.4  # the same for an old pull: dfget 0.2 gives up after 3 s and then sleeps up to 2
 REGISTER_WAIT_S = 2.5  # for the origin to say how long the file is; old clients give up after 5 s
 SMALL = 256 << 10  # bytes: a file up to this size travels inside the register answer
-OLD_ROOM = 4  # pieces an old client may have under way.  Wire: 14 (9)
 
 
 class Peer:
@@ -3637,6 +3718,7 @@ class Peer:
         self.requests = 0  # control requests, register included
         self.finished = False
         self.eager = False  # what it was last told: whether others wait for its pieces
+        self.named = False  # whether it was told which version of the file this is
         self.md5_since = 0.0  # monotonic: since when it only lacks the MD5 of the whole file
 
 
@@ -3655,6 +3737,9 @@ class SwarmTask:
         self.checking = set()  # type: Set[str]
         self.follower = None  # type: Optional[Md5Follower]
         self.rechecked_at = -1e9  # monotonic: when a complaint about our own pieces was last looked into
+
+
+_HALF = re.compile("[\ud800-\udfff]")  # JSON can write half a character, which nothing can be encoded from
 
 
 class Fields:
@@ -3678,7 +3763,7 @@ class Fields:
         """Return a field as text, "" when missing.  Raises BadRequest when it is no text or too long."""
         values = self._lists.get(name.lower(), [])
         value = values[-1] if values else ""
-        if not isinstance(value, (str, int, float)) or len(str(value)) > limit:
+        if not isinstance(value, (str, int, float)) or len(str(value)) > limit or _HALF.search(str(value)):
             raise BadRequest("%s: invalid value" % name)
         return str(value)
 
@@ -3696,7 +3781,7 @@ class Fields:
     def texts(self, name: str) -> List[str]:
         """Return a repeated field; a form's single one is a list of one."""
         values = self._lists.get(name.lower(), [])
-        if len(values) > 256 or not all(isinstance(value, str) and len(value) < MAX_BODY for value in values):
+        if len(values) > 256 or not all(isinstance(value, str) and not _HALF.search(value) for value in values):
             raise BadRequest("%s: invalid value" % name)
         return values
 
@@ -3756,9 +3841,10 @@ class Supernode(CdnEvents):
     )
 
     def __init__(self, home: str, advertise_ip: str, log: Log, scheduler: Scheduler, cdn: Cdn, expire_s: float,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 down_limit: int = 4, clock: Callable[[], float] = time.monotonic) -> None:
         self.home, self.ip, self.log = home, advertise_ip, log
         self._clock = clock
+        self._down_limit = down_limit  # pieces an old client may have under way.  Wire: 14 (9)
         self._expire_s = expire_s  # how long a task nobody asks for stays in memory
         self._lock = threading.RLock()
         self._scheduler, self._cdn = scheduler, cdn
@@ -3868,9 +3954,12 @@ class Supernode(CdnEvents):
         with self._lock:
             now = self._clock()
             for task in self._tasks.values():
-                for peer in task.peers.values():
+                for peer in list(task.peers.values()):
                     if not peer.finished and now > peer.seen_at + (4 * SYNC_WAIT_S if peer.native else self._expire_s):
                         self._leave_locked(task, peer)
+                    if peer.finished and not peer.port and now > peer.seen_at + self._expire_s:  # it serves nobody: nothing else will end it
+                        del task.peers[peer.cid]
+                        self._scheduler.drop_peer(task.task_id, peer.cid, now)
         self._after()
         self._api.later(1.0, self._watch_peers)
 
@@ -3914,7 +4003,7 @@ class Supernode(CdnEvents):
 
     def register(self, request: Request) -> Any:
         """POST /peer/registry.  Wire: 1"""
-        if "task" not in request.state:
+        if "task" not in request.state or self._judged_by_another(request):
             try:
                 self._enter(request, Fields(request))
             except (BadRequest, SourceError) as refusal:
@@ -3932,6 +4021,12 @@ class Supernode(CdnEvents):
         if checking:
             return Response.of_json({"code": SYSTEM_ERROR, "msg": "the origin does not say whether this client may read %s" % task.url})
         return self._registered(task, peer, request)
+
+    @staticmethod
+    def _judged_by_another(request: Request) -> bool:
+        """Return whether the origin has refused the task to its first asker, while this one shows other credentials."""
+        task = request.state["task"]
+        return isinstance(task.cdn.error, NeedAuth) and task.origin.credentials() != request.state["credentials"]
 
     @staticmethod
     def _worth_waiting(task: SwarmTask, peer: Peer) -> bool:
@@ -3979,6 +4074,8 @@ class Supernode(CdnEvents):
             ip = str(ipaddress.ip_address(ip.split("%")[0]))
         except ValueError:
             raise BadRequest("ip: %.60s: invalid value" % ip)
+        if cid.startswith("cdnnode:"):
+            raise BadRequest("cid: %.60s: that is a supernode's" % cid)
         if not path.startswith("/"):
             raise BadRequest("path: %.60s: invalid value" % path)
         port = fields.number("port", 0, 65535)
@@ -3987,7 +4084,8 @@ class Supernode(CdnEvents):
     def _join_locked(self, task_id: str, url: str, md5: str, origin: Origin) -> SwarmTask:
         task = self._tasks.get(task_id)
         now = self._clock()
-        if task and task.cdn.state == CdnTask.FAILED and now > task.cdn.ended_at + self._cdn.retry_s:
+        if task and task.cdn.state == CdnTask.FAILED and (now > task.cdn.ended_at + self._cdn.retry_s or (
+                isinstance(task.cdn.error, NeedAuth) and task.origin and task.origin.credentials() != origin.credentials())):
             self._forget_locked(task)  # what its peers hold may be of another version of the file
             task = None
         if not task:
@@ -4049,12 +4147,13 @@ class Supernode(CdnEvents):
         store = task.cdn.store
         length = store.layout.length if store else None
         if not store and not task.cdn.promised_size:
-            task.cdn.promised_size = MIB
+            task.cdn.promised_size = task.cdn.likely_size
         size = store.layout.size if store else task.cdn.promised_size
         data = {"taskId": task.task_id, "fileLength": -1 if length is None else length, "pieceSize": size,
                 "cdnSource": "supernode", "asSeed": False, "seedTaskID": ""}  # type: Dict[str, Any]
         if peer.native:
             data["dfly"] = self._register_extra(task)
+            peer.named = bool(task.cdn.version)
         elif store:
             self._old_client(task)
         self.log.info("register %s %s as %s (%s)", task.task_id, task.url, peer.cid, "native" if peer.native else "old")
@@ -4128,8 +4227,18 @@ class Supernode(CdnEvents):
                 self._scheduler.done(task.task_id, peer.cid, num, self._clock(), holder=holder, servable=result == SUCCEEDED)
 
     def _num_of(self, task: SwarmTask, text: str) -> int:
-        layout = task.cdn.store.layout if task.cdn.store else Layout(None, MIB)
-        return layout.num_of(text)
+        num = (task.cdn.store.layout if task.cdn.store else Layout(None, MIB)).num_of(text)
+        if not self._reportable(task) >> num & 1:
+            raise BadRequest("pieceRange: %.60s: nobody has this piece" % text)
+        return num
+
+    @staticmethod
+    def _reportable(task: SwarmTask) -> int:
+        """Return the mask of the pieces that a client may have: all, or while their count is not known those that we have."""
+        store = task.cdn.store
+        if not store:
+            return 0
+        return store.have if store.layout.count is None else (1 << store.layout.count) - 1
 
     def _holder_of(self, task: SwarmTask, cid: str) -> str:
         return SEED if cid == task.cid or cid.startswith("cdnnode:") else cid
@@ -4150,7 +4259,7 @@ class Supernode(CdnEvents):
         with self._lock:
             running = self._scheduler.inflight(task.task_id, peer.cid)
             if not finished:
-                self._scheduler.request(task.task_id, peer.cid, OLD_ROOM, self._clock())
+                self._scheduler.request(task.task_id, peer.cid, self._down_limit, self._clock())
             fresh = self._scheduler.take(task.task_id, peer.cid)
             pieces = [(a.num, task.peers.get(a.holder)) for a in fresh or running if a.holder == SEED or a.holder in task.peers]
         self._after()
@@ -4247,7 +4356,8 @@ class Supernode(CdnEvents):
 
         Asked: {task, cid, done: [[num, holder, seconds, bytes]], failed: [[num, holder, why]], soon: [num] (about to end), slots
         (fetches at once), queue (more in advance), have (hex mask, first time), wait (seconds)}.  Answered: {code, length?,
-        eager (others wait: report each piece at once), holders: {cid: [ip, port, path]}, pieces: [[num, cid, seal?]]};
+        version? (once, if the register could not say it), eager (others wait: report each piece at once), holders: {cid:
+        [ip, port, path]}, pieces: [[num, cid, seal?]]};
         code 601 has pieces, 602 none (msg says why), 600 ends it, 604 and 502 send the client on.
         """
         state = request.state
@@ -4274,6 +4384,7 @@ class Supernode(CdnEvents):
             request.on_gone = lambda: self._hung_up(task, peer, state["turn"])
             return Park(("peer", task.task_id, peer.cid), left)
         peer.eager = answer.get("eager", peer.eager)
+        peer.named = peer.named or "version" in answer
         return Response.of_json(answer)
 
     @staticmethod
@@ -4287,27 +4398,27 @@ class Supernode(CdnEvents):
         scheduler, now = self._scheduler, self._clock()
         done, failed, have = data.get("done", []), data.get("failed", []), data.get("have", "")
         slots, ahead = int(self._number(data, "slots", 0, 64, 0)), int(self._number(data, "queue", 0, 256, 0))
-        count = task.cdn.store.layout.count if task.cdn.store else None
-        most = (MAX_COUNT if count is None else count) - 1
+        known = self._reportable(task)
+        most = known.bit_length() - 1
         try:
             if have:
                 mask = int(have, 16)
-                if mask < 0 or mask.bit_length() > most + 1:
+                if mask < 0:
                     raise ValueError(have[:20])
-                for num in nums_of(mask):
+                for num in nums_of(mask & known):  # what else it has will turn out when we have it, too
                     scheduler.done(task.task_id, peer.cid, num, now)
             for num, holder, seconds, size in done:
                 if not 0 <= int(num) <= most:
                     raise ValueError(num)
                 scheduler.done(task.task_id, peer.cid, int(num), now, holder=self._holder_of(task, str(holder)),
-                               seconds=max(1e-6, float(seconds)), nbytes=int(size))
+                               seconds=min(max(1e-6, float(seconds)), 3600.0), nbytes=min(max(0, int(size)), MAX_PIECE))
             for num in data.get("soon", []):
                 scheduler.soon(task.task_id, peer.cid, int(num), now)
             for num, holder, why in failed:
                 if not 0 <= int(num) <= most:
                     raise ValueError(num)
                 scheduler.failed(task.task_id, peer.cid, int(num), self._holder_of(task, str(holder)), str(why)[:20], now)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise BadRequest("done, failed or have: %.80s" % error)
         scheduler.request(task.task_id, peer.cid, slots, now, queue=ahead)
 
@@ -4322,6 +4433,8 @@ class Supernode(CdnEvents):
             answer = {"code": CONTINUE if pieces else WAIT, "eager": self._scheduler.others(task.task_id, peer.cid)}  # type: Dict[str, Any]
             if store and store.layout.length is not None:
                 answer["length"] = store.layout.length
+            if store and not peer.named:  # the origin had not answered when it registered
+                answer["version"] = task.cdn.version
             if pieces:
                 self._describe_locked(task, peer, pieces, answer)
             elif finished and store and store.layout.length is not None and (task.cdn.state == CdnTask.SUCCESS or not task.md5):
@@ -4557,6 +4670,8 @@ class Uploader:
             if start > layout.length or (start == layout.length and end > start and layout.length):
                 raise NoSuchPiece("the file has %d bytes" % layout.length)
             end = min(end, layout.length)
+        elif end - start > MAX_PIECE or start >= MAX_COUNT * layout.stride:
+            raise NoSuchPiece("bytes %d-%d are no piece" % (start, end - 1))
         nums = mask_of(range(start // layout.stride, max(start, end - 1) // layout.stride + 1))
         if store.have & nums != nums:
             try:
@@ -4888,7 +5003,9 @@ AHEAD_S = 0.1  # how long before its end a piece is announced, at most: more put
 HOLD_S = 0.05  # how long a good piece waits for company before it is reported: a third of all messages less
 AHEAD = 64  # pieces a lone download may have been promised beyond those
 PEER_SILENCE_S = 3.0  # from a peer, before its piece is asked for elsewhere
+PEER_LEAST = 1024.0  # bytes/s, of a peer that is not silent
 SEED_SILENCE_S = 30.0  # from a supernode, which holds a request until the origin has sent that far
+UNNAMED = "unnamed"  # version of a file from an old supernode, whose digest of the whole file decides in the end
 STALL_S = 5.0  # without a byte, before the reason is printed
 CHUNK = 1 << 18  # bytes received and digested at once: they are still in the cache when they are written
 
@@ -5086,15 +5203,21 @@ class Fetchers:
         head, expected = 0 if order.plain else 4, self._length_of(order)
         total = expected if order.plain else expected + WRAP
         frame, got, began = b"", 0, time.monotonic()
+        waited, came = 0.0, 0  # seconds spent on reading, and bytes read, since its pace was last looked at
         while got < total:
             if self._stopping or self._store.have >> order.num & 1:
                 raise _Superseded("piece %d is here already, or the download ends" % order.num)
             most = min(total - got, self._bucket.chunk(self._watch_pace(order, link, reply, total - got)))
             self._bucket.take(most)
+            asked = time.monotonic()
             count = reply.read_into(buffer[:most])
             if not count:
                 raise self._short(order, got, total)
             self.received += count
+            waited, came = waited + time.monotonic() - asked, came + count
+            if waited > PEER_SILENCE_S:
+                self._check_pace(order, came / waited)
+                waited, came = 0.0, 0
             begin, end = max(0, head - got), max(0, head + expected - got)  # of the plain bytes among these
             frame += bytes(buffer[:min(begin, count)]) + bytes(buffer[max(begin, end):count])
             view = buffer[begin:min(end, count)]
@@ -5121,6 +5244,12 @@ class Fetchers:
         most = int(min(CHUNK, max(CHUNK / 4, pace * AHEAD_S)))
         return min(most, left - int(pace * AHEAD_S)) if pace * AHEAD_S < left else most
 
+    def _check_pace(self, order: Order, pace: float) -> None:
+        """Give up on a peer that only drips, and on one far slower than the others while pieces wait for a thread.  Raises TimedOut."""
+        least = max(PEER_LEAST, self._pace / 20 if self._queue.qsize() else 0.0)
+        if pace < least and not order.plain and not order.cid.startswith("cdnnode:"):
+            raise TimedOut("%s sends %s/s" % (join_host(order.host, order.port), show_size(pace)))
+
     def _length_of(self, order: Order) -> int:
         """Return the plain bytes the piece must have."""
         if order.old:
@@ -5145,7 +5274,8 @@ class Fetchers:
             if got != order.digest:
                 raise WrongBytes(what, order.digest, got)
         elif not order.plain:
-            text = order.digest or reply.headers.get(DFLY_HEADER, "")
+            seed = order.cid.startswith("cdnnode:")  # a peer's word about its own bytes is worth nothing
+            text = order.digest or (reply.headers.get(DFLY_HEADER, "") if seed else "")
             if text != str(seal):
                 raise WrongBytes(what, text or "missing", str(seal))
         return seal
@@ -5188,7 +5318,7 @@ class Registration(NamedTuple):
     length: Optional[int]
     piece_size: int
     native: bool
-    version: str
+    version: str  # "" while it is not known
     content: Optional[bytes]
     plain: bool  # cdnSource "source": pieces are ranges of the origin's file
 
@@ -5276,24 +5406,44 @@ class SyncLine:
             self._idle.append(link)
         else:
             link.close()
-        self._eager = answer.get("eager", self._eager)
-        if answer.get("length") is not None:
-            self._store.set_length(answer["length"])
+        try:
+            self._learn(answer)
+            orders = self._orders(answer) if code == CONTINUE else []
+        except (NoSuchPiece, AttributeError, KeyError, TypeError, ValueError):
+            raise Migrate("supernode %s hands out what can't be read: %.200s" % (self._node, text.decode("utf-8", "replace")))
         if code == CONTINUE:
-            self._take(answer)
+            self.reason = ""
+            for order in orders:
+                self._fetchers.put(order)
         elif code == FINISH:
+            if not self._store.complete:  # Wire: 16 (19)
+                raise Migrate("supernode %s says that the download is finished, but pieces are missing" % str(self._node))
             self.finished = True
         elif code == WAIT:
             self.reason = answer.get("msg") or self.reason
         else:
             raise Migrate("supernode %s: code %s: %s" % (self._node, code, answer.get("msg", "")))
 
-    def _take(self, answer: Dict[str, Any]) -> None:
-        self.reason = ""
-        layout = self._store.layout
+    def _learn(self, answer: Dict[str, Any]) -> None:
+        """Take what an answer says about the file.  Raises ValueError, TypeError."""
+        self._eager = bool(answer.get("eager", self._eager))
+        if answer.get("version") and not self._registration.version:
+            self._store.set_version(str(answer["version"]))
+        length, layout = answer.get("length"), self._store.layout
+        if length is not None:
+            if not 0 <= length <= MAX_COUNT * layout.stride or layout.length not in (None, length):
+                raise ValueError(length)
+            self._store.set_length(int(length))
+
+    def _orders(self, answer: Dict[str, Any]) -> List[Order]:
+        """Return the pieces that an answer hands out.  Raises NoSuchPiece, and what Python does of answers of another form."""
+        orders = []
         for num, cid, digest in answer["pieces"]:
             host, port, path = answer["holders"][cid]
-            self._fetchers.put(Order(num, cid, host, port, path, digest or "", layout.range_text(num)))
+            if not (0 < port < 65536 and path.startswith("/") and not host.startswith("/") and (digest is None or digest.startswith("sha256:"))):
+                raise ValueError(cid)
+            orders.append(Order(int(num), cid, host, port, path, digest or "", self._store.layout.range_text(num)))
+        return orders
 
     def close(self) -> None:
         """Say what is still unsaid, without waiting for more than a moment, and hang up."""
@@ -5523,11 +5673,12 @@ class Download:
         self.task_id = task_id_of(self.task_url, options.md5, options.identifier, self.origin.header("range"))
         self.target = self._target()
         folder, name = os.path.split(self.target)
-        hidden = os.path.join(folder, ".%s.%s.dfly" % (name[:150], self.task_id[:16]))
+        short = name.encode("utf-8", "surrogateescape")[:150].decode("utf-8", "ignore")  # a name has 255 bytes, not characters
+        hidden = os.path.join(folder, ".%s.%s.dfly" % (short, self.task_id[:16]))
         self._data, self._journal = hidden, hidden + ".journal"
-        self.name = "%s-%s" % (re.sub(r"[^\w.@+-]", "_", name)[:100], self.sign)  # Wire: 2.3, and safe in a path
+        self.name = "%s-%s" % (re.sub(r"[^\w.@+-]", "_", name, flags=re.ASCII)[:100], self.sign)  # Wire: 2.3, and safe in a path
         self.store = None  # type: Optional[TaskFile]
-        self.bucket = TokenBucket(options.locallimit)
+        self.bucket = TokenBucket(min(filter(None, (options.locallimit, options.totallimit)), default=0))
         self.reason = REASON_NONE
         self.ip, self.cid, self.port, self.reach = "", "", 0, ""
         self.kept = 0  # bytes that an earlier run had left
@@ -5550,6 +5701,8 @@ class Download:
         target = os.path.abspath(output)
         if os.path.isdir(target) or output.endswith("/"):
             raise BadUsage("%s is a folder: name the file with -o" % output)
+        if os.path.exists(target) and not os.path.isfile(target):  # as root we would put a file in the place of /dev/null
+            raise BadUsage("%s is not a regular file, and would be replaced by one" % output)
         folder = make_folder(os.path.dirname(target))
         if not os.access(folder, os.W_OK | os.X_OK):
             raise CannotWrite("%s: Permission denied" % folder)
@@ -5637,10 +5790,11 @@ class Download:
 
     def _prepare(self, node: Node) -> None:
         """Find the own address and the host's uploader; once."""
-        self.reach = socket.gethostbyname(node.host) if not self.reach and not re.match(r"^[0-9a-fA-F:.]+$", node.host) else node.host
+        literal = re.match(r"^[\d.]+$|^[^:]*:", node.host)
+        ours, self.reach = ("", node.host) if literal and (self.cid or self.options.ip) else addresses_to(node.host, node.port, 2.0)
         if self.cid:
             return
-        self.ip = self.options.ip or local_address_to(node.host, node.port, 2.0)
+        self.ip = self.options.ip or ours
         self.cid = "%s-%s" % (self.ip, self.sign)
         if self.options.pattern == "p2p":
             self.port = start_uploader(self.home, "", self.options.port, self.options.expiretime, self.options.alivetime,
@@ -5650,10 +5804,7 @@ class Download:
 
     def _register(self, node: Node) -> Registration:
         """Register with a supernode.  Raises NetworkError, Migrate, NeedAuth.  Wire: 1"""
-        try:
-            self._prepare(node)
-        except socket.gaierror as error:
-            raise NetworkError("%s: %s" % (node, error.strerror))
+        self._prepare(node)
         body = {"superNodeIp": self.reach, "rawUrl": self.url, "taskUrl": self.task_url, "cid": self.cid, "ip": self.ip,
                 "hostName": socket.gethostname(), "port": self.port, "path": "/peer/file/" + self.name, "version": VERSION}
         options = self.options
@@ -5705,15 +5856,21 @@ class Download:
             length, size, task_id = int(data["fileLength"]), int(data["pieceSize"]), str(data["taskId"])
         except (KeyError, TypeError, ValueError):
             raise Migrate("supernode %s: a register answer that can't be read: %.300s" % (node, data))
-        if not WRAP < size <= 1 << 27 or length < -1 or not re.match(r"^[\w.:~-]{1,256}$", task_id):
+        if not WRAP < size <= 1 << 27 or not -1 <= length <= MAX_COUNT * (size - WRAP) or not re.match(r"^[\w.:~-]{1,256}$", task_id):
             raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
         extra = data.get("dfly") or {}
         content = None
+        if not isinstance(extra, dict):
+            raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
         if "content" in extra:
             import base64
-            content = base64.b64decode(extra["content"])
-        return Registration(node, task_id, None if length < 0 else length, size, bool(extra), str(extra.get("version", "")), content,
-                            data.get("cdnSource") == "source")
+            try:
+                content = base64.b64decode(extra["content"])
+            except (TypeError, ValueError):
+                raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
+        plain = data.get("cdnSource") == "source"
+        version = str(extra.get("version", "")) if extra or plain else UNNAMED
+        return Registration(node, task_id, None if length < 0 else length, size, bool(extra), version, content, plain)
 
     def _swarm(self, registration: Registration) -> None:
         """Fetch what is missing through one supernode; publish when all is right."""
@@ -5781,6 +5938,10 @@ class Download:
                 self._peers.add(outcome.order.cid)
         if self._md5:
             self._md5.nudge()
+        self._share()
+
+    def _share(self) -> None:
+        """Ask the uploader, now and then, for this download's share of the host's limit; without one it may use all of that."""
         if self.options.totallimit and self.port and self._clock() > self._share_at + 0.4:
             self._share_at = self._clock()
             answer = self._uploader.call("POST", "/share", {"name": self.name, "want": self.options.locallimit})
@@ -5828,10 +5989,9 @@ class Download:
         self._md5 = Md5Follower(self.store) if self.options.md5 else None
 
     def _fits(self, store: TaskFile, length: Optional[int], size: int, version: str) -> bool:
-        """Return whether kept pieces may be pieces of this file.  Where no version is known, the whole-file digest of
-        an old supernode decides in the end."""
+        """Return whether kept pieces may be pieces of this file."""
         known = store.about.get("version", "")
-        return (store.about.get("task") == self.task_id and store.layout.size == size and known == version
+        return (store.about.get("task") == self.task_id and store.layout.size == size and bool(version) and known == version
                 and (length is None or store.layout.length in (None, length)))
 
     def _settle(self) -> None:
@@ -5848,6 +6008,10 @@ class Download:
         store = self.store
         assert store and store.complete
         expected = self.options.md5 or self._old_md5
+        if self.kept and not expected and store.about.get("version") == UNNAMED:
+            store.delete()
+            self._forget()
+            raise Migrate("the supernode names neither version nor digest of the file: what an earlier run kept may be of another one")
         if expected:
             follower = self._md5 or Md5Follower(store)
             digest = follower.wait()
@@ -5890,12 +6054,13 @@ class Download:
     def _source_once(self) -> None:
         first = None  # type: Optional[OriginReply]
         kept = self.store or TaskFile.resume(self._data, self._journal)
-        usable = kept is not None and kept.about.get("task") == self.task_id and bool(kept.about.get("version")) and kept.claimed > 0
+        usable = kept is not None and kept.about.get("task") == self.task_id and any(version_parts(kept.about.get("version", ""))) and kept.claimed
         if usable and kept:
             self.store = kept if kept is self.store else None
             if not self.store:
                 kept.close()
                 self._open_store(None, kept.layout.size, kept.about["version"])
+            self._still_there()
         else:
             if kept:
                 kept.close()
@@ -5904,25 +6069,44 @@ class Download:
             self._open_store(first.length, choose_piece_size(first.length), first.version)
         assert self.store
         self._deadline = self._clock() + self.options.timeout if self.options.timeout else None
-        filler = Filler(self.origin, self.store, self.bucket, lambda num: self._source_piece(filler), stopped=self._late)
+        filler = Filler(self.origin, self.store, self.bucket, lambda num: self._md5.nudge() if self._md5 else None, stopped=self._late)
+        ended = threading.Event()
+        watcher = threading.Thread(target=self._watch_source, args=(filler, ended), name="dfly-progress", daemon=True)
+        watcher.start()
         try:
             filler.fill(first)
         except Stalled as error:
             raise Stalled("not finished within the %s allowed: %s" % (show_time(self.options.timeout), error))
         finally:
+            ended.set()
+            watcher.join()
             self.bytes["origin"] += filler.read_bytes
         self._settle()
         self._publish()
 
+    def _still_there(self) -> None:
+        """When all is here and nothing will be asked for, ask at least whether it still is the origin's file.  Raises SourceChanged."""
+        assert self.store
+        version = self.store.about["version"]
+        if self.store.complete:
+            reply = self.origin.open(headers=if_none_match(version))
+            reply.close()
+            if reply.status != 304 and not same_version(reply.version, version):
+                raise SourceChanged("%s: the origin has another file now" % self.url)
+
     def _late(self) -> bool:
         return self._deadline is not None and self._clock() > self._deadline
 
-    def _source_piece(self, filler: Filler) -> None:
-        assert self.store
-        self.progress.show(filler.read_bytes, self.store.layout.length, self.kept, 0, 0.0, "waiting: the origin sends nothing")
-        if self._md5:
-            self._md5.nudge()
-
+    def _watch_source(self, filler: Filler, ended: threading.Event) -> None:
+        """Show progress and keep to the host's limit until `ended`, on a thread of its own: the reader may wait long for a byte."""
+        store = self.store
+        assert store
+        try:
+            while not ended.wait(0.2):
+                self._share()
+                self.progress.show(filler.read_bytes, store.layout.length, self.kept, 0, 0.0, "waiting: the origin sends nothing")
+        except OSError:  # nobody reads our lines any more: the last one will meet the same
+            pass
 
     # -- the last lines --------------------------------------------------------------
 
@@ -6016,7 +6200,9 @@ def _parse(parser: Any, section: str, arguments: List[str]) -> Any:
                 raise BadUsage("[%s] %s: say true or false" % (section, key))
             parser.set_defaults(**{action.dest: value.lower() in ("true", "yes", "on", "1")})
         elif isinstance(action.default, list) and action.type is None:  # a flag that may be repeated: one a line
-            parser.set_defaults(**{action.dest: value.splitlines()})
+            parser.set_defaults(**{action.dest: value.strip().splitlines()})
+        elif action.choices and value not in action.choices:  # argparse looks at those of the command line only
+            raise BadUsage("[%s] %s: %r is none of %s" % (section, key, value, ", ".join(action.choices)))
         else:
             parser.set_defaults(**{action.dest: value})
     options = parser.parse_args(arguments)
@@ -6078,6 +6264,8 @@ def run_get(arguments: List[str], old: bool) -> int:
         raise BadUsage("not an http(s) URL: %r" % options.url)
     if options.md5 and not re.match(r"^[0-9a-fA-F]{32}$", options.md5):
         raise BadUsage("not an MD5: %r" % options.md5)
+    if not options.minrate:
+        raise BadUsage("--minrate must be more than 0")
 
     try:
         download = Download(options)
@@ -6161,7 +6349,7 @@ def run_supernode(arguments: List[str]) -> int:
     cdn = Cdn(options.home, log, TokenBucket(rate), options.fail_access_interval, options.disk_reserve)
     scheduler = Scheduler(up_slots=options.up_limit, seed_slots=options.seed_limit)
     ip = options.advertise_ip or first_address()
-    supernode = Supernode(options.home, ip, log, scheduler, cdn, options.task_expire_time)
+    supernode = Supernode(options.home, ip, log, scheduler, cdn, options.task_expire_time, options.down_limit)
     api_sock, piece_sock = listen(options.bind, options.port), listen(options.bind, options.download_port)
     api = Server(api_sock, Supernode.ROUTES, supernode, log, "api")
     pieces = Server(piece_sock, Supernode.PIECE_ROUTES, supernode, log, "pieces", TokenBucket(rate))

@@ -97,6 +97,10 @@ class Origin:
         """Behave otherwise from the next request on."""
         self.contents[name] = self.contents[name]._replace(**how)
 
+    def hang_up(self) -> None:
+        """Break every connection; new ones are welcome."""
+        self._server.break_all()
+
     def release(self, name: str) -> None:
         """Let the stalled answers of `name` go on."""
         self.gates[name].set()
@@ -155,15 +159,21 @@ class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # a client that went away, or one that did not like our certificate
 
-    def hang_up(self) -> None:
-        """Close every connection and wait for the threads that served them."""
+    def break_all(self) -> None:
+        """Shut every connection down."""
         with self.lock:
-            threads, sockets = list(self.threads), list(self.open)
+            sockets = list(self.open)
         for connection in sockets:
             try:
                 connection.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass  # already gone
+
+    def hang_up(self) -> None:
+        """Close every connection and wait for the threads that served them."""
+        with self.lock:
+            threads = list(self.threads)
+        self.break_all()
         for thread in threads:
             thread.join(10)
 

@@ -52,11 +52,14 @@ REGISTER = {
     "not UTF-8": b"\xff\xfe{}", "no url": register(rawUrl=None, taskUrl=None), "no cid": register(cid=""), "no path": register(path=""),
     "ftp": register(rawUrl="ftp://x/y"), "file": register(rawUrl="file:///etc/passwd"), "no host": register(rawUrl="http://"),
     "line break in the url": register(rawUrl="http://127.0.0.1:9/x\r\nHost: evil"), "negative port": register(port=-1),
+    "a port beyond all in the url": register(rawUrl="http://127.0.0.1:99999/x"),
     "huge port": register(port=10 ** 30), "odd port": register(port=[1]), "url is a number": register(rawUrl=5),
     "headers are text": register(headers="X: y", rawUrl="nonsense"), "header with a line break": register(headers=["X: a\r\nEvil: b"]),
     "header is a number": register(headers=[5]), "bad ip": register(ip="999.1.1.1"), "path tricks": register(path="http://127.0.0.1/evil"),
     "cid with a line break": register(cid=CID + "\n" + CID), "long cid": register(cid="x" * 100000), "NaN": b'{"port": NaN}',
-    "huge number": b'{"port": 1e999}', "bad md5": register(md5="../../x"),
+    "huge number": b'{"port": 1e999}', "half a character in the url": register(rawUrl="http://127.0.0.1:9/\ud800"),
+    "half a character in a header": register(headers=["X: \ud800"]), "the supernode's cid": register(cid="cdnnode:127.0.0.1~" + TASK),
+    "bad md5": register(md5="../../x"),
 }
 
 
@@ -91,6 +94,23 @@ SYNCS = [b"", b"{", b"[]", b"null", {"taskId": TASK, "cid": CID}, {"taskId": 5},
 def test_bad_syncs_are_refused(unharmed):
     for body in SYNCS:
         said_clearly(unharmed.ask("POST", "/peer/sync", body, {"Content-Type": "application/json", "X-Dfly": "1"}), body)
+
+
+ODD_REPORTS = ['"done": [[1e999, "", 1, 1]]', '"done": [[0, "", 1, 1e999]]', '"done": [[0, "", NaN, 1]]', '"soon": [1e999]', '"soon": {}', '"soon": 5',
+               '"failed": [[[], {}, null]]', '"have": "-1"', '"have": 5', '"have": "zz"', '"wait": NaN', '"slots": 1e999', '"done": [[-1, "", 1, 1]]']
+
+
+def test_odd_reports_of_a_client_that_is_known_are_refused(unharmed):
+    url = unharmed.host.world.origins[0].base + "good"
+    task = unharmed.ask("POST", "/peer/registry", register(rawUrl=url, taskUrl=url)).json["data"]["taskId"]
+    for report in ODD_REPORTS:
+        body = '{"task": "%s", "cid": "%s", "wait": 0, %s}' % (task, CID, report) if "wait" not in report else (
+            '{"task": "%s", "cid": "%s", %s}' % (task, CID, report))
+        answer = unharmed.ask("POST", "/peer/sync", body, {"Content-Type": "application/json", "X-Dfly": "1"})
+        if report in ('"done": [[0, "", NaN, 1]]', '"soon": {}'):
+            continue  # nothing is said by it
+        said_clearly(answer, report)
+        assert answer.status == 400, (report, answer)
 
 
 def test_wrong_methods_are_refused(unharmed):

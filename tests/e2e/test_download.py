@@ -1,6 +1,7 @@
 """One host, one supernode, one origin: the plain download and what it prints."""
 import os
 import re
+import stat
 
 import pytest
 from world import CONTENT, MB, PIECE, bad, good, md5
@@ -118,6 +119,7 @@ def test_a_right_md5_is_accepted_and_a_wrong_one_leaves_no_file(origin, supernod
     ["-u", "ftp://127.0.0.1/x"], ["-u", "nonsense"], [], ["-u", "http://127.0.0.1/x", "--bogus"],
     ["-u", "http://127.0.0.1/x", "-m", "xyz"], ["-u", "http://127.0.0.1/x", "-s", "fast"],
     ["-u", "http://127.0.0.1/x", "-e", "soon"], ["-u", "http://127.0.0.1/x", "-p", "carrier-pigeon"],
+    ["-u", "http://127.0.0.1/x", "--minrate", "0"], ["-u", "http://[::1/x"], ["-u", "http://127.0.0.1:99999/x"], ["-u", "http://127.0.0.1/x", "--header", "Range: bytes=-5"],
     ["-u", "http://127.0.0.1/x", "-n", "host:99999"], ["-u", "http://127.0.0.1/x", "--header", "no colon"],
     ["-u", "http://127.0.0.1/x", "--config", "/nonexistent.conf"]])
 def test_bad_usage_is_said_in_one_line(world, host, arguments):
@@ -137,6 +139,33 @@ def test_an_output_that_cannot_be_written_is_said_before_the_download(origin, su
     with open(here.path("plain"), "w"):
         pass
     bad(here.get(url, out="plain/out"), 3)
+
+
+def test_what_is_not_a_file_is_not_replaced_by_one(origin, supernode, host, blob):
+    """As root, `-o /dev/null` would take that from everybody."""
+    supernode()
+    here = host()
+    os.mkfifo(here.path("pipe"))
+    result = here.get(origin.put("f", blob(MB)), out="pipe")
+    assert result.code == 2 and stat.S_ISFIFO(os.stat(here.path("pipe")).st_mode), result.out
+
+
+@pytest.mark.parametrize("pattern", ["p2p", "source"])
+@pytest.mark.parametrize("range_", ["bytes=-500", "bytes=0-1,5-6", "bytes=10-5", "lines=1-2"])
+def test_a_range_that_is_not_one_run_of_bytes_is_refused(origin, supernode, host, blob, range_, pattern):
+    supernode()
+    bad(host().get(origin.put("f", blob(MB)), "--header", "Range: " + range_, "-p", pattern), 2)
+
+
+@pytest.mark.parametrize("name", ["\u6587" * 80, "a" * 250, "f\u00e4 & #1.bin"], ids=["bytes", "long", "odd"])
+def test_any_name_that_the_disk_takes_is_taken_and_served_to_peers(origin, supernode, host, blob, name):
+    supernode()
+    data = blob(4 * MB)
+    url = origin.put("f", data)
+    here = host()
+    here.get(url, out=name, check=data)
+    assert not here.leftovers()
+    assert host().get(url, check=data).shares["peers"] > 0
 
 
 def test_two_names_of_one_file_can_be_downloaded_side_by_side(origin, supernode, host, blob):
@@ -169,6 +198,26 @@ def test_settings_come_from_the_configuration_file(world, origin, supernode, hos
     url = origin.put("f", blob(MB))
     result = world.run("get", "--config", conf, "-u", url, "-o", here.path("out"), "--home", here.home, "--ip", "127.0.0.1")
     assert result.code == 0 and "node:" + node.node in result.stdout, result.out
+
+
+def test_settings_of_the_file_are_checked_like_flags(world, host):
+    here = host()
+    conf = os.path.join(world.root, "dragonfly.conf")
+    for text in ("pattern = carrier-pigeon", "locallimit = fast", "showbar = maybe", "bogus = 1"):
+        with open(conf, "w") as f:
+            f.write("[get]\n%s\n" % text)
+        result = world.run("get", "--config", conf, "-u", "http://127.0.0.1/x", "-o", here.path("out"), "--home", here.home)
+        assert result.code == 2 and len(result.stderr.splitlines()) == 1, result.out
+
+
+def test_repeated_flags_stand_on_lines_of_their_own_in_the_file(world, origin, host, blob):
+    here = host()
+    conf = os.path.join(world.root, "dragonfly.conf")
+    with open(conf, "w") as f:
+        f.write("[get]\nheader =\n  X-One: a; b\n  X-Two: c\n")
+    url = origin.put("f", blob(MB))
+    result = world.run("get", "--config", conf, "-p", "source", "-u", url, "-o", here.path("out"), "--home", here.home)
+    assert result.code == 0 and origin.log[0].headers["x-one"] == "a; b" and origin.log[0].headers["x-two"] == "c", result.out
 
 
 def test_version_is_printed(world):

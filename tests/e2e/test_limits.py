@@ -29,6 +29,13 @@ def test_totallimit_is_shared_by_the_downloads_of_a_host(origin, supernode, host
     close_to(2 * MB, slowest, 2 * len(data))
 
 
+@pytest.mark.parametrize("pattern, size", [("cdn", 20 * MB), ("source", 10 * MB)])
+def test_totallimit_holds_without_an_uploader(origin, supernode, host, blob, pattern, size):
+    supernode()
+    result = host().get(origin.put("f", blob(size)), "--totallimit", "2M", "-p", pattern, check=blob(size))
+    close_to(2 * MB, result, size)
+
+
 def test_the_supernode_keeps_to_its_bandwidth(origin, supernode, host, blob):
     supernode("--max-bandwidth", "4M")
     data = blob(20 * MB)
@@ -117,5 +124,13 @@ def test_a_stall_names_its_cause(origin, supernode, host, blob):
     url = origin.put("f", data, stall_after=2 * MB)
     command = host().start(url, "-b")
     wait_for(lambda: "waiting:" in command.output(), 30, "a line that says what is waited for")
+    origin.release("f")
+    good(command.wait(), data)
+
+
+def test_an_origin_that_stalls_is_named_on_the_way_back_to_source(origin, host, blob):
+    data = blob(4 * MB)
+    command = host().start(origin.put("f", data, stall_after=2 * MB), "-p", "source")
+    wait_for(lambda: "waiting: the origin sends nothing" in command.stdout, 20)
     origin.release("f")
     good(command.wait(), data)

@@ -1,4 +1,5 @@
 """What origins do: chunked, rangeless, gzipped, redirecting, guarded, broken, slow and far."""
+import base64
 import socket
 
 import pytest
@@ -47,6 +48,29 @@ def test_a_redirect_in_a_circle_is_an_error(origin, supernode, host):
 
 
 @pytest.mark.parametrize("pattern", ["p2p", "source"])
+def test_a_user_and_password_in_the_url_are_shown_to_the_origin(origin, supernode, host, blob, pattern):
+    supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data, auth="Basic " + base64.b64encode(b"me:p@ss").decode())
+    host().get(url.replace("://", "://me:p%40ss@"), "-p", pattern, check=data)
+
+
+@pytest.mark.parametrize("pattern", ["p2p", "source"])
+def test_a_url_may_have_letters_that_http_cannot_carry(origin, supernode, host, blob, pattern):
+    supernode()
+    data = blob(SIZE)
+    origin.put("a%20%C3%A4", data)
+    host().get(origin.base + "a \u00e4", "-p", pattern, check=data)
+
+
+@pytest.mark.parametrize("to", ["ftp://127.0.0.1/x", "file:///etc/passwd", "http://[::1", "http:///x", "http://a b/"])
+@pytest.mark.parametrize("pattern", ["p2p", "source"])
+def test_a_redirect_to_what_is_no_http_is_an_error_of_the_origin(origin, supernode, host, pattern, to):
+    supernode()
+    bad(host().get(origin.put("f", redirect_to=to), "-p", pattern), 8)
+
+
+@pytest.mark.parametrize("pattern", ["p2p", "source"])
 def test_user_headers_reach_the_origin(origin, supernode, host, blob, pattern):
     supernode()
     url = origin.put("f", blob(MB), auth="Bearer abc:def")
@@ -70,6 +94,19 @@ def test_who_brings_no_credentials_does_not_get_what_others_fetched_with_theirs(
     url = origin.put("f", blob(MB), auth="Bearer abc")
     host().get(url, "--header", "Authorization: Bearer abc", check=blob(MB))
     bad(host().get(url), 6)
+
+
+def test_who_brings_no_credentials_does_not_lock_out_those_who_do(origin, supernode, host, blob):
+    supernode("--fail-access-interval", "1h")
+    data = blob(2 * MB)
+    url = origin.put("f", data, auth="Bearer good", delay=0.5)
+    bad(host().get(url), 6)
+    host().get(url, "--header", "Authorization: Bearer good", "--notbs", check=data)
+    url = origin.put("g", data, auth="Bearer good", delay=1.0)
+    first = host().start(url)
+    wait_for(lambda: origin.requests("g"), 10)  # the second one joins while the first is judged
+    host().get(url, "--header", "Authorization: Bearer good", "--notbs", check=data)
+    bad(first.wait(), 6)
 
 
 @pytest.mark.parametrize("pattern", ["p2p", "source"])

@@ -3,6 +3,7 @@ import os
 import random
 import signal
 
+import dfly
 import pytest
 from world import CONTENT, MB, bad, good, wait_for
 
@@ -208,6 +209,126 @@ def test_a_corrupted_cache_of_the_supernode_is_noticed(origin, supernode, host, 
     assert spoiled, "no cached file found under " + node.home
     again = supernode(home=node.home)
     host().get(url, node=again.node, check=data)
+
+
+def test_pieces_of_a_file_without_a_version_are_not_mixed_with_those_of_the_next(origin, supernode, host, blob):
+    """The origin names no version, and the connection breaks just when the file changes."""
+    supernode()
+    old, new = blob(SIZE, 1), blob(SIZE, 2)
+    url = origin.put("f", old, etag=False, last_modified=False, stall_after=STALL)
+    swarm, source = host(), host()
+    commands = [swarm.start(url), source.start(url, "-p", "source")]
+    for here in (swarm, source):
+        wait_for(lambda: on_disk(here) >= STALL - 2 * MB, 20, "most of the first half on disk")
+    origin.put("f", new, etag=False, last_modified=False)
+    origin.hang_up()
+    for command in commands:
+        good(command.wait(), new)
+
+
+def test_pieces_are_not_kept_for_a_file_whose_version_was_not_known_yet(origin, supernode, host, blob):
+    """The origin answers later than a register waits, so that both runs begin before the version is known."""
+    node = supernode()
+    old, new = blob(SIZE, 1), blob(SIZE, 2)
+    url = origin.put("f", old, delay=3.2, stall_after=STALL)
+    here = host()
+    command = here.start(url)
+    wait_for(lambda: on_disk(here) >= STALL - 2 * MB, 20)
+    command.kill()
+    node.kill()
+    origin.put("f", new, delay=3.2)
+    supernode()
+    here.get(url, check=new)
+
+
+def test_pieces_of_a_slow_origin_are_kept_under_the_version_that_was_learned_later(origin, supernode, host, blob):
+    supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data, delay=3.2, stall_after=STALL)
+    here = host()
+    command = here.start(url)
+    wait_for(lambda: on_disk(here) >= STALL - 2 * MB, 20)
+    command.kill()
+    origin.release("f")
+    assert "kept from an earlier run" in here.get(url, check=data).last
+
+
+def test_a_supernode_that_dies_leaves_pieces_without_a_version_that_are_fetched_anew(origin, supernode, host, blob):
+    node = supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data, etag=False, last_modified=False, stall_after=STALL, once=True)
+    here = host()
+    command = here.start(url)
+    wait_for(lambda: on_disk(here) >= STALL - 2 * MB, 20)
+    node.kill()
+    assert good(command.wait(), data).reason == 3
+
+
+def test_a_whole_kept_file_is_not_published_when_the_origin_has_another_one(origin, host, blob):
+    """The kill came after the last piece and before the rename."""
+    here = host()
+    url = origin.put("f", blob(SIZE, 1), stall_after=SIZE - 1)
+    command = here.start(url, "-p", "source")
+    wait_for(lambda: on_disk(here) >= SIZE - 2 * MB, 20)
+    command.kill()
+    store = dfly.TaskFile.resume(data_file(here), journal(here))
+    for num in range(store.layout.count):
+        at, length = store.layout.content_range(num)
+        digest = dfly.PieceDigest()
+        digest.update(blob(SIZE, 1)[at:at + length])
+        store.write(at, blob(SIZE, 1)[at:at + length])
+        store._seals[num] = digest.seal()
+    store.drop([])
+    store.close()
+    origin.put("f", blob(SIZE, 2))
+    here.get(url, "-p", "source", check=blob(SIZE, 2))
+
+
+def test_an_etag_may_have_anything_in_it(origin, supernode, host, blob):
+    node = supernode()
+    data = blob(3 * MB)
+    url = origin.put("f", data, etag=False, headers=(("ETag", '"a|b|c"'),))
+    host().get(url, check=data)
+    node.kill()
+    again = supernode(home=node.home)
+    host().get(url, "--notbs", node=again.node, check=data)
+
+
+def test_the_rest_of_a_chunked_answer_may_come_as_a_range(origin, host, blob):
+    data = blob(SIZE)
+    url = origin.put("f", data, length=False, stall_after=STALL)
+    here = host()
+    command = here.start(url, "-p", "source")
+    wait_for(lambda: on_disk(here) >= STALL - 2 * MB, 20)
+    origin.put("f", data)
+    origin.hang_up()
+    good(command.wait(), data)
+    assert [r.range is not None for r in origin.requests("f")] == [False, True], origin.log
+
+
+def test_a_supernode_whose_origin_was_away_once_can_resume_later(origin, supernode, host, blob):
+    node = supernode("--fail-access-interval", "100ms")
+    data = blob(SIZE)
+    here, url = interrupted(origin, host, node.node, data)
+    node.kill()
+    origin.release("f")
+    origin.change("f", status=503)
+    again = supernode("--fail-access-interval", "100ms", home=node.home)
+    bad(here.get(url, "--notbs", node=again.node))
+    origin.change("f", status=None)
+    here.get(url, "--notbs", node=again.node, check=data)
+    assert origin.bytes_sent("f") <= SIZE + 2 * MB
+
+
+def test_what_the_supernode_kept_has_the_piece_size_that_clients_are_told_while_the_origin_is_slow(origin, supernode, host, blob):
+    node = supernode()
+    data = blob(3 * MB)
+    url = origin.put("f", data)
+    host().get(url, check=data)
+    node.kill()
+    origin.change("f", delay=3.2)  # longer than a register waits
+    again = supernode(home=node.home)
+    host().get(url, "--notbs", node=again.node, check=data)
 
 
 def test_the_supernode_restarted_on_its_ports_is_taken_up_again(origin, supernode, host, blob):

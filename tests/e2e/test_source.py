@@ -1,7 +1,12 @@
 """Back to source: when there is no supernode, when it fails, and when the user wants it."""
+import http.server
+import json
 import os
 import socket
+import socketserver
+import threading
 
+import pytest
 from world import MB, bad, dead_port, good, wait_for
 
 
@@ -97,3 +102,57 @@ def test_the_same_url_goes_to_the_same_supernode(origin, supernode, host, blob):
         for order in (names, names[::-1]):
             host().get(url, node=",".join(order), check=blob(MB, i))
         assert origin.gets("f%d" % i) == 1, "two supernodes fetched one URL"
+
+
+@pytest.fixture
+def false_node():
+    """Factory: `false_node(register, sync)` answers every register and sync with these; returns its address."""
+    servers = []
+
+    def start(register, sync):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                self.rfile.read(int(self.headers["Content-Length"]))
+                body = json.dumps({"code": 200, "data": register} if self.path == "/peer/registry" else sync).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+            daemon_threads = True
+
+        server = Server(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        servers.append((server, thread))
+        return "127.0.0.1:%d" % server.server_address[1]
+    yield start
+    for server, thread in servers:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+GOOD = {"taskId": "a" * 64, "fileLength": MB, "pieceSize": 262144, "dfly": {"version": "v"}}
+WAIT = {"code": 602}
+
+
+def piece(num=0, digest=None, host="127.0.0.1", port=1, path="/x"):
+    return {"code": 601, "pieces": [[num, "c", digest]], "holders": {"c": [host, port, path]}}
+
+
+@pytest.mark.parametrize("register, sync", [
+    (dict(GOOD, dfly=[1]), WAIT), (dict(GOOD, dfly={"content": 5}), WAIT), (dict(GOOD, dfly={"content": "!"}), WAIT),
+    (dict(GOOD, fileLength=10 ** 18), WAIT), (GOOD, []), (GOOD, {}), (GOOD, {"code": 601}), (GOOD, {"code": 601, "pieces": [[0, "b", None]], "holders": {}}),
+    (GOOD, piece("x")), (GOOD, piece(10 ** 9)), (GOOD, piece(digest=5)), (GOOD, piece(digest="md5")), (GOOD, piece(host=5)),
+    (GOOD, piece(host="/etc/passwd")), (GOOD, piece(port="x")), (GOOD, piece(path=5)), (GOOD, {"code": 602, "length": "x"}),
+    (GOOD, {"code": 602, "length": -5}), (dict(GOOD, fileLength=-1), {"code": 602, "length": 10 ** 18}), (GOOD, {"code": 600})])
+def test_a_supernode_that_talks_nonsense_is_left(origin, host, blob, false_node, register, sync):
+    result = host().get(origin.put("f", blob(MB)), "-p", "cdn", node=false_node(register, sync), check=blob(MB))
+    assert result.reason in (1, 3), result.out

@@ -1,10 +1,12 @@
 """Many hosts: one fetch from the origin, pieces before the file is whole, peers that serve, fail or lie."""
+import hashlib
 import http.server
 import os
+import re
 import socketserver
 import threading
 
-from world import CONTENT, MB, PIECE, descriptors, good, wait_for
+from world import CONTENT, MB, PIECE, ask, descriptors, good, wait_for
 
 
 def half_written(host, name="out"):
@@ -137,9 +139,10 @@ def test_an_uploader_killed_in_the_middle_of_a_download_costs_nothing(origin, su
 
 
 class FalsePeer:
-    """A host that registers like dfget 1.0.6, claims to have every piece, and serves garbage, or when `silent` nothing at all."""
+    """A host that registers like dfget 1.0.6, claims to have every piece, and serves garbage, or when `silent` nothing at all;
+    when `dripping`, a byte now and then; when `early`, it registers as ours do, claims `early` (a mask) before the supernode has it, and swears to its garbage."""
 
-    def __init__(self, node, url, silent=False):
+    def __init__(self, node, url, silent=False, early=0, dripping=False):
         self.asked = 0                          # pieces that others wanted from it
         self.closing = threading.Event()
         peer = self
@@ -156,8 +159,14 @@ class FalsePeer:
                 length = min(int(end) - int(start) + 1, PIECE)
                 self.send_response(206)
                 self.send_header("Content-Length", str(length))
+                size = int(self.headers["pieceSize"])
+                plain = b"\xee" * (length - 5)
+                if early:
+                    self.send_header("X-Dfly", "sha256:" + hashlib.sha256(plain).hexdigest())
                 self.end_headers()
-                self.wfile.write(b"\xee" * length)
+                while dripping and not peer.closing.wait(0.5):
+                    self.wfile.write(b"x")
+                self.wfile.write((len(plain) | size << 4).to_bytes(4, "big") + plain + b"\x7f" if early else b"\xee" * length)
 
             def log_message(self, *args):
                 pass
@@ -169,15 +178,26 @@ class FalsePeer:
             def handle_error(self, request, client_address):
                 pass
 
-        for port in range(20000 + os.getpid() % 20000, 64000):
+        for self.port in range(20000 + os.getpid() % 20000, 64000):
             try:
-                self.server = Server(("127.0.0.1", port), Handler)
+                self.server = Server(("127.0.0.1", self.port), Handler)
                 break
             except OSError:
                 continue
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
         self.thread.start()
-        self.claimed = len(list(node.old_client(url, "127.0.0.1-77777-1795408506.429", port)))
+        if early:
+            self.claim(node, url, early)
+        else:
+            self.claimed = len(list(node.old_client(url, "127.0.0.1-%d-1795408506.429" % self.port, self.port)))
+
+    def claim(self, node, url, mask):
+        self.cid = "127.0.0.1-%d-1795408506.429" % self.port
+        answer = node.ask("POST", "/peer/registry", {
+            "superNodeIp": node.ip, "rawUrl": url, "taskUrl": url, "cid": self.cid, "ip": "127.0.0.1",
+            "port": self.port, "path": "/peer/file/liar"}, {"X-Dfly": "1 "}).json
+        self.told = node.ask("POST", "/peer/sync", {"task": answer["data"]["taskId"], "cid": self.cid,
+                                                    "have": "%x" % mask, "wait": 0})
 
     def close(self):
         self.closing.set()
@@ -200,6 +220,54 @@ def test_a_peer_that_serves_wrong_bytes_is_isolated(origin, supernode, host, blo
         assert 1 <= asked <= 24, "a liar was asked %d times" % asked
         host().get(url, check=data)
         assert liar.asked <= asked + 1, "a known liar is still asked"
+    finally:
+        liar.close()
+
+
+def test_a_peer_that_swears_to_a_piece_before_the_supernode_has_it_is_not_believed(origin, supernode, host, blob):
+    node = supernode()
+    data = blob(8 * MB)
+    url = origin.put("f", data, stall_after=3 * MB)
+    liar = FalsePeer(node, url, early=(1 << 33) - 2)  # all but the first
+    try:
+        hosts = [host(), host()]
+        commands = [h.start(url) for h in hosts]
+        for h in hosts:
+            wait_for(lambda: half_written(h) >= 2 * MB, 20)
+        origin.release("f")
+        for command in commands:
+            assert good(command.wait(), data).reason == 0
+    finally:
+        liar.close()
+
+
+def test_peers_that_only_drip_do_not_hold_a_download_up(origin, supernode, host, blob):
+    """As many as a download has threads."""
+    node = supernode()
+    data = blob(8 * MB)
+    url = origin.put("f", data)
+    host().get(url, "-p", "cdn", check=data)
+    drippers = [FalsePeer(node, url, dripping=True) for _ in range(6)]
+    try:
+        result = host().get(url, "--notbs", timeout=90, check=data)
+        assert sum(d.asked for d in drippers) and result.seconds < 60, result.last
+    finally:
+        for dripper in drippers:
+            dripper.close()
+
+
+def test_a_peer_that_claims_pieces_behind_the_end_holds_nobody_up(origin, supernode, host, blob):
+    """Nobody knows yet where the end is."""
+    node = supernode()
+    data = blob(8 * MB)
+    url = origin.put("f", data, length=False, stall_after=3 * MB)
+    liar = FalsePeer(node, url, early=1 << 5000)
+    try:
+        commands = [host().start(url, "--notbs"), host().start(url, "--notbs")]
+        wait_for(lambda: node.bytes_sent() >= 2 * MB, 20)
+        origin.release("f")
+        for command in commands:
+            good(command.wait(), data)
     finally:
         liar.close()
 
@@ -229,6 +297,23 @@ def test_the_supernode_holds_no_descriptor_for_peers_that_are_gone(origin, super
     for _ in range(3):
         host().get(url, check=data)
     wait_for(lambda: descriptors(node.pid) <= before + 2, 30, "descriptors back to %d" % before)
+
+
+def test_the_supernode_forgets_clients_that_serve_nobody_while_the_task_lives_on(origin, supernode, host, blob):
+    node = supernode("--task-expire-time", "2s")
+    data = blob(MB)
+    url = origin.put("f", data)
+    here = host()
+    here.get(url, "-p", "cdn", check=data)
+    with open(os.path.join(node.home, "logs", "app.log")) as f:
+        task = re.search(r"register (\S+)", f.read()).group(1)
+    assert node.metrics()["dfly_peers"] == 1
+
+    def forgotten():
+        assert ask((node.ip, node.cdn_port), "GET", "/download/%s/%s" % (task[:3], task), headers={"Range": "bytes=0-9"}).status == 206
+        return node.metrics()["dfly_peers"] == 0
+    wait_for(forgotten, 20)
+    assert node.metrics()["dfly_tasks"] == 1
 
 
 def test_what_the_supernode_keeps_survives_its_restart(origin, supernode, host, blob, world):

@@ -1,5 +1,6 @@
 """The host's uploader: started by get, shared, limited, and gone when it has nothing left to do."""
 import os
+import re
 import signal
 
 from world import MB, Command, alive, ask, good, marked, send, wait_for
@@ -44,6 +45,22 @@ def test_the_uploader_ends_after_its_alive_time(origin, supernode, host, blob):
     pid = here.uploader_pid()
     wait_for(lambda: not alive(pid), 25, "the uploader's end")
     assert not os.path.exists(os.path.join(here.home, "peer.pid"))
+
+
+def test_a_range_without_end_of_a_file_without_length_holds_nobody_up(origin, supernode, host, blob):
+    supernode()
+    here = host()
+    data = blob(4 * MB)
+    command = here.start(origin.put("f", data, length=False, stall_after=3 * MB))
+    name = "out-" + wait_for(lambda: re.search(r"^sign:(\S+)", command.stdout, re.M), 10).group(1)
+    where = here.uploader_address()
+    wait_for(lambda: ask(where, "GET", "/peer/file/" + name).status == 400, 20, "the file at the uploader")
+    for range_ in ("0-99999999999999", "99999999999999-100000000262138"):
+        for more in ({"cdnSource": "source"}, {"pieceNum": "0", "pieceSize": "1048576"}):
+            assert ask(where, "GET", "/peer/file/" + name, None, dict(more, Range="bytes=" + range_, pieceNum="0", pieceSize="1048576")).status == 416
+    assert ask(where, "GET", "/server/ping").body == b"success"
+    origin.release("f")
+    good(command.wait(), data)
 
 
 def test_an_uploader_at_work_outlives_its_alive_time(origin, supernode, host, blob):

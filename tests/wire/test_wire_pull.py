@@ -100,6 +100,14 @@ def test_a_second_start_after_a_migration_is_answered(supernode, hand, origin, b
     assert client.start()["code"] == 601
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_an_old_client_gets_as_many_pieces_at_once_as_the_limit_says(supernode, hand, origin, blob, limit):
+    client = hand(supernode("--down-limit", str(limit), "--seed-limit", "9"))
+    client.join(origin.put("f.bin", blob(4 * MIB)))
+    seen = {task["range"] for _ in range(3) for task in client.start().get("data") or []}
+    assert len(seen) == limit
+
+
 @pytest.mark.parametrize("over", [dict(taskId="nope"), dict(srcCid="nope"), dict(taskId=""), dict(srcCid=""), dict(taskId=None), dict(srcCid=None),
                                   dict(taskId="0" * 64), dict(taskId="../../etc/passwd")])
 def test_unknown_task_or_client_gets_502(supernode, hand, origin, blob, over):

@@ -1,0 +1,45 @@
+"""Section 8: what a Filler asks an origin for, and when it waits."""
+import os
+import sys
+
+import pytest
+
+sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]
+import dfly  # noqa: E402
+from station import Origin  # noqa: E402
+from world import blob  # noqa: E402
+
+SIZE = 1 << 12
+COUNT = 9
+DATA = blob(COUNT * (SIZE - 5) - 100)
+
+
+@pytest.fixture
+def station():
+    with Origin() as station:
+        yield station
+
+
+def half_full(folder, version):
+    """A store that has every second piece, as a swarm leaves it."""
+    store = dfly.TaskFile.create(folder + "/data", folder + "/journal", {"task": "t", "version": version}, len(DATA), SIZE)
+    for num in range(1, COUNT, 2):
+        at, length = store.layout.content_range(num)
+        digest = dfly.PieceDigest()
+        digest.update(DATA[at:at + length])
+        store.write(at, DATA[at:at + length])
+        store.seal_piece(num, digest.seal())
+    return store
+
+
+def test_gaps_are_filled_one_by_one_without_a_pause(station, tmp_path):
+    origin = dfly.Origin(station.put("f", DATA))
+    reply = origin.open(method="HEAD")
+    reply.close()
+    store, pauses = half_full(str(tmp_path), reply.version), []
+    dfly.Filler(origin, store, dfly.TokenBucket(), lambda num: None, sleep=pauses.append).fill()
+    assert store.complete and not pauses
+    with open(store.data, "rb") as file:
+        assert file.read() == DATA
+    assert [r.range for r in station.requests("f")][0] == "bytes=0-%d" % (SIZE - 6) and len(station.requests("f")) == 5
+    store.close()

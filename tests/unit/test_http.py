@@ -1,0 +1,64 @@
+"""Section 6: the server and the client on real sockets."""
+import os
+import socket
+import sys
+import threading
+
+import pytest
+
+sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]
+import dfly  # noqa: E402
+from world import ask  # noqa: E402
+
+
+class Application:
+    """Handlers that a test fills in."""
+
+
+@pytest.fixture
+def serve():
+    """`serve(**handlers)`: a running server that has them under their names; returns it."""
+    servers = []
+
+    def start(**handlers):
+        application = Application()
+        application.__dict__.update(handlers)
+        routes = [dfly.Route("GET", "/" + name, name) for name in handlers]
+        servers.append(dfly.Server(dfly.listen("127.0.0.1", 0), routes, application, dfly.Log(), "test"))
+        servers[-1].start()
+        return servers[-1]
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def test_what_happens_while_a_handler_decides_to_wait_is_not_missed(serve):
+    happened = []
+
+    def wait(request):
+        if happened:
+            return dfly.Response(200, b"expired" if request.expired else b"in time")
+        other = threading.Thread(target=lambda: (happened.append(1), server.notify("key")))
+        other.start()  # just behind our look at it, and before we are parked
+        other.join()
+        return dfly.Park("key", 3.0)
+    server = serve(wait=wait)
+    assert ask(server.address, "GET", "/wait").body == b"in time"
+
+
+def test_a_server_that_only_ever_says_continue_ends_in_its_answer_or_an_error():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(1)
+
+        def answer():
+            connection = listening.accept()[0]
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n" * 3000 + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        thread = threading.Thread(target=answer)
+        thread.start()
+        pool = dfly.Pool()
+        assert pool.ask("127.0.0.1", listening.getsockname()[1], "GET", "/") == (200, b"ok")
+        pool.close()
+        thread.join()
