@@ -736,6 +736,10 @@ class TokenBucket:
 _REQUEST_LINE = re.compile(r"^([A-Z]{1,16}) (\S{1,16000}) HTTP/1\.([01])$")
 _STATUS_LINE = re.compile(r"^HTTP/1\.([01]) (\d{3})(?: .*)?$")
 _RANGE = re.compile(r"^bytes=(\d{1,18})-(\d{0,18})$")
+_NUMBER = re.compile(r"^\d{1,18}$")
+_PROXIED = re.compile(r"^https?://[^/]*")
+_VERSIONED = re.compile(r"^/v[0-9.]+(?=/)")
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 PHRASES = {200: "OK", 201: "Created", 206: "Partial Content", 208: "Already Reported", 400: "Bad Request", 401: "Unauthorized",
            403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 411: "Length Required",
@@ -785,7 +789,7 @@ class Response:
     @classmethod
     def of_json(cls, data: Any, status: int = 200) -> "Response":
         """Return `data` as JSON."""
-        return cls(status, json.dumps(data, separators=(",", ":")).encode())
+        return cls(status, _to_json(data).encode())
 
     @classmethod
     def of_error(cls, status: int, message: str) -> "Response":
@@ -822,7 +826,7 @@ class Request:
         self.method, self.headers, self.body = method, headers, body
         self.client, self.server = client, server  # IP addresses of the two ends
         path, _, self.query_text = target.partition("?")
-        self.path = unquote(re.sub(r"^https?://[^/]*", "", path)) or "/"
+        self.path = unquote(_PROXIED.sub("", path)) or "/"
         self.rest = ""  # of the path, behind a route that ends in a slash
         self.state = {}  # type: Dict[str, Any]
         self.expired = False  # its time in the park is over: it must be answered now
@@ -1130,7 +1134,7 @@ class Server:
         if "transfer-encoding" in headers:
             return -1
         text = headers.get("content-length", "0")
-        if not re.match(r"^\d{1,18}$", text):
+        if not _NUMBER.match(text):
             raise BadRequest("not a Content-Length: %.40r" % text)
         return int(text)
 
@@ -1146,7 +1150,7 @@ class Server:
     def _route(self, link: _Link) -> None:
         request = link.request
         assert request
-        path = re.sub(r"^/v[0-9.]+(?=/)", "", request.path)  # supernode 1.0 has every path a second time.  Wire: 4.6
+        path = _VERSIONED.sub("", request.path)  # supernode 1.0 has every path a second time.  Wire: 4.6
         method = "GET" if request.method == "HEAD" else request.method
         route = self._routes.get((method, path))
         cut = len(path)
@@ -1416,7 +1420,7 @@ class Reply:
         self._link = link
         self.status, self.headers = status, headers
         text = headers.get("content-length", "")
-        self.length = int(text) if re.match(r"^\d{1,18}$", text) else None  # None: chunked, or up to the end
+        self.length = int(text) if _NUMBER.match(text) else None  # None: chunked, or up to the end
         self.chunked = "chunked" in headers.get("transfer-encoding", "").lower()
         tokens = headers.get("connection", "").lower()
         self.keep = "keep-alive" in tokens if old else "close" not in tokens
@@ -2616,6 +2620,7 @@ class _Peer:
         self.serves, self.legacy, self.seed_only = serves, legacy, seed_only
         self.counted = serves  # whether its pieces count as held: it serves, and is not suspended
         self.starved = False  # nobody but the seed could serve it the last time
+        self.idle = self.hungry = False  # whether it is among its places' idle holders, hungry receivers
         self.have = 0  # mask: verified
         self.offers = 0  # mask: servable to others
         self.flights = {}  # type: Dict[int, _Flight]
@@ -2655,6 +2660,7 @@ class _Task:
         self.levels = [0] * 128  # masks of pieces, by how many peers have or fetch them (see _level)
         self.seed_uploads = 0
         self.seed_sent = 0  # pieces, in all
+        self.offered = collections.Counter()  # type: Dict[int, int]  # piece -> counted peers that would serve it
         self.duration = 0.0  # seconds a fetch takes, averaged
         self.receivers = 0
         self.direct = set()  # type: Set[_Peer]  # receivers that only the seed may serve
@@ -2852,8 +2858,9 @@ class Scheduler:
             peer.have |= 1 << num
             peer.task.known(1 << num)
             peer.task.change(peer, num, 1)
-        if servable:
+        if servable and not peer.offers >> num & 1:
             peer.offers |= 1 << num
+            peer.task.offered[num] += peer.counted
         if holder is not None:
             self._praise(peer, self._peer(task_id, holder), flight, seconds, nbytes, now)
         self._index(peer, now)
@@ -2930,15 +2937,15 @@ class Scheduler:
 
     def _count(self, peer: _Peer, counted: bool) -> None:
         """Have the pieces of a peer count as held, or not."""
-        nums = nums_of(peer.have | peer.asked)
-        if counted and not peer.counted:
-            peer.counted = True
-            for num in nums:
-                peer.task.change(peer, num, 1)
-        elif peer.counted and not counted:
-            for num in nums:
-                peer.task.change(peer, num, -1)
-            peer.counted = False
+        if counted == peer.counted:
+            return
+        change = 1 if counted else -1
+        peer.counted = True  # as `change` wants it
+        for num in nums_of(peer.have | peer.asked):
+            peer.task.change(peer, num, change)
+        for num in nums_of(peer.offers):
+            peer.task.offered[num] += change
+        peer.counted = counted
 
     def _blame(self, peer: _Peer, holder: Optional[_Peer], cid: str, why: str, now: float) -> None:
         """Draw the conclusions from a failure."""
@@ -3022,11 +3029,15 @@ class Scheduler:
 
     def _index(self, peer: _Peer, now: float) -> None:
         """Put a peer among the idle holders and the hungry receivers of its places, or take it out."""
-        idle = bool(peer.serves and peer.offers and peer.host.uploads < self._up_slots and peer.suspended_until <= now)
-        hungry = peer.receiving and peer.room > 0
-        for place in peer.places:
-            place.idle.put(peer, idle)
-            place.hungry.put(peer, hungry)
+        idle, hungry = self._free(peer, now), peer.receiving and peer.room > 0
+        if idle != peer.idle:
+            peer.idle = idle
+            for place in peer.places:
+                place.idle.put(peer, idle)
+        if hungry != peer.hungry:
+            peer.hungry = hungry
+            for place in peer.places:
+                place.hungry.put(peer, hungry)
 
     def _free(self, holder: _Peer, now: float) -> bool:
         return bool(holder.serves and holder.offers and holder.host.uploads < self._up_slots and holder.suspended_until <= now)
@@ -3052,8 +3063,9 @@ class Scheduler:
             nums &= ~place.present
         if holder is None:
             return nums
-        if any(place.leaving >= self.CROSSINGS for place in holder.places[common:]):
-            return 0
+        for place in holder.places[common:]:
+            if place.leaving >= self.CROSSINGS:
+                return 0
         return nums
 
     def _feed(self, task: _Task, now: float) -> None:
@@ -3242,7 +3254,7 @@ class Scheduler:
         peer = self._peer(task_id, cid)
         return bool(peer and peer.task.count is not None and peer.have == (1 << peer.task.count) - 1)
 
-    def waiting_for(self, task_id: str, cid: str, now: float) -> Waiting:
+    def waiting_for(self, task_id: str, cid: str) -> Waiting:
         """Return why a client has nothing to do."""
         peer = self._peer(task_id, cid)
         if not peer:
@@ -3250,8 +3262,7 @@ class Scheduler:
         missing = peer.task.all & ~peer.have
         unseeded = missing & ~peer.task.seeded
         num = ((unseeded or missing or 1) & -(unseeded or missing or 1)).bit_length() - 1
-        holders = sum(1 for other in peer.task.peers.values() if other.offers >> num & 1 and other.suspended_until <= now)
-        return Waiting(bin(missing).count("1"), num, not unseeded and bool(missing), holders)
+        return Waiting(bin(missing).count("1"), num, not unseeded and bool(missing), peer.task.offered[num])
 
     def progress(self, task_id: str) -> Dict[str, Tuple[int, int]]:
         """Return (pieces held, pieces under way) by cid."""
@@ -3268,6 +3279,8 @@ def _common(peer: _Peer, holder: Optional[_Peer]) -> int:
     """Return how many of a receiver's places its holder is in, wide to narrow; the seed is in none."""
     if holder is None:
         return 0
+    if peer.places[-1] is holder.places[-1]:
+        return len(peer.places)
     depth = 0
     for mine, other in zip(peer.places, holder.places):
         if mine is not other:
@@ -3332,6 +3345,7 @@ class CdnTask:
             if self.state == self.FAILED and time.monotonic() < self.ended_at + self._cdn.retry_s:
                 return
             self.state, self.error = self.RUNNING, None
+            self._speed = (time.monotonic(), self.origin_bytes)
             self._thread = threading.Thread(target=self._run, args=(origin,), name="dfly-cdn-" + self.task_id[:8], daemon=True)
             self._thread.start()
 
@@ -4215,6 +4229,8 @@ class Supernode(CdnEvents):
         if answer["code"] == WAIT and not request.expired and left > 0 and answer["eager"] == peer.eager:
             request.on_gone = lambda: self._hung_up(task, peer, state["turn"])
             return Park(("peer", task.task_id, peer.cid), left)
+        if answer["code"] == WAIT:
+            answer["msg"] = self._why_waiting(task, peer)
         peer.eager = answer.get("eager", peer.eager)
         return Response.of_json(answer)
 
@@ -4269,8 +4285,6 @@ class Supernode(CdnEvents):
             elif finished and store and store.layout.length is not None and (task.cdn.state == CdnTask.SUCCESS or not task.md5):
                 self._leave_locked(task, peer)
                 answer.update(code=FINISH, version=task.cdn.version)
-            else:
-                answer["msg"] = self._why_waiting_locked(task, peer)
         return answer
 
     def _describe_locked(self, task: SwarmTask, peer: Peer, pieces: List[Assignment], answer: Dict[str, Any]) -> None:
@@ -4291,12 +4305,13 @@ class Supernode(CdnEvents):
         if not answer["pieces"]:
             answer["code"] = WAIT
 
-    def _why_waiting_locked(self, task: SwarmTask, peer: Peer) -> str:
+    def _why_waiting(self, task: SwarmTask, peer: Peer) -> str:
         """Return in words what `peer` waits for, for the line it prints when it stalls."""
         store = task.cdn.store
         if not store:
             return "waiting: the origin has not answered the supernode yet"
-        why = self._scheduler.waiting_for(task.task_id, peer.cid, self._clock())
+        with self._lock:
+            why = self._scheduler.waiting_for(task.task_id, peer.cid)
         if why.missing and not why.seeded:
             return "waiting: piece %d has no holder; the supernode is fetching it at %s/s" % (
                 why.num, show_size(task.cdn.rate(self._clock())))
