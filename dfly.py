@@ -3164,8 +3164,6 @@ class Scheduler:
         From the seed also pieces that are still to come: its piece port holds such a request.
         """
         task = peer.task
-        if peer.room <= 0:
-            return
         count = min(peer.room + peer.queue, peer.batch + peer.room) - sum(not flight.slot for flight in peer.flights.values())
         if count <= 0:
             return
@@ -5139,6 +5137,8 @@ class SyncLine:
     Two or three connections take turns, since an answer to the older sync may still be on its way.
     """
 
+    PATIENCE_S = 0.1  # for a batch to come, before it is asked for again because another piece is here
+
     def __init__(self, registration: Registration, cid: str, fetchers: Fetchers, store: TaskFile) -> None:
         self._registration, self._cid = registration, cid
         self._fetchers, self._store = fetchers, store
@@ -5149,13 +5149,15 @@ class SyncLine:
         self._soon = []  # type: List[int]  # pieces about to arrive
         self._have = store.have  # to be told once
         self._eager = False  # others wait for what we have
+        self._batches = False  # it gives us more than we can fetch at once
+        self._asked_at = -1e9  # monotonic: when the next batch was asked for, and has not come
         self.reason = ""  # why there is nothing to do, in the supernode's words
         self.finished = False
 
     def step(self, outcomes: List[Outcome], limit_s: float) -> None:
         """Report, ask, wait at most `limit_s` for something to happen, and take orders.  Raises Migrate, NetworkError."""
         self._reports += [o for o in outcomes if not isinstance(o.error, _Superseded)]
-        low = self._fetchers.left <= FETCHERS
+        low = self._fetchers.left <= FETCHERS and not self._all_ordered() and time.monotonic() > self._asked_at + self.PATIENCE_S
         while self._fetchers.endings:
             self._soon.append(self._fetchers.endings.popleft().num)
         if not self._pending or (self._reports and (low or self._eager or any(o.error for o in self._reports))) or (
@@ -5164,12 +5166,20 @@ class SyncLine:
         for sock in self._fetchers.wait(limit_s, [link.sock for link in self._pending]):
             self._answer(next(link for link in self._pending if link.sock is sock))
 
+    def _all_ordered(self) -> bool:
+        """Return whether every piece is here or under way to us."""
+        layout = self._store.layout
+        return layout.count is not None and bin(self._store.have).count("1") + self._fetchers.left >= layout.count
+
     def _send(self, slots: int) -> None:
         done = [[o.order.num, o.order.cid, round(o.seconds, 4), o.length] for o in self._reports if not o.error]
         failed = [[o.order.num, o.order.cid, getattr(o.error, "why", "other")] for o in self._reports if o.error]
         soon, self._reports, self._soon = self._soon, [], []
+        queue = AHEAD if slots and self._fetchers.left <= FETCHERS else 0
+        if queue and self._batches and self._store.layout.count is not None:
+            self._asked_at = time.monotonic()
         message = {"task": self._registration.task_id, "cid": self._cid, "done": done, "failed": failed, "soon": soon, "slots": slots,
-                   "queue": AHEAD if slots and self._fetchers.left <= FETCHERS else 0}
+                   "queue": queue}
         if self._have:
             message["have"] = "%x" % self._have
             self._have = 0
@@ -5220,7 +5230,7 @@ class SyncLine:
             raise Migrate("supernode %s: code %s: %s" % (self._node, code, answer.get("msg", "")))
 
     def _take(self, answer: Dict[str, Any]) -> None:
-        self.reason = ""
+        self.reason, self._asked_at, self._batches = "", -1e9, len(answer["pieces"]) > FETCHERS
         layout = self._store.layout
         for num, cid, digest in answer["pieces"]:
             host, port, path = answer["holders"][cid]
