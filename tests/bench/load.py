@@ -43,10 +43,9 @@ def read_status(pid, name):
 
 
 def pin(pid, core):
-    """Have all threads of a process (0: this one) run on one core, if there is such a core."""
-    if core in os.sched_getaffinity(0) or pid == 0:
-        for thread in os.listdir("/proc/%s/task" % (pid or "self")):
-            os.sched_setaffinity(int(thread), {core})
+    """Have all threads of a process run on one core."""
+    for thread in os.listdir("/proc/%d/task" % pid):
+        os.sched_setaffinity(int(thread), {core})
 
 
 def many_descriptors(count):
@@ -69,10 +68,11 @@ class Link:
 class Peer:
     """A pretended client of one task."""
 
-    def __init__(self, number, registration, task):
+    def __init__(self, number, cid, registration, task):
         self.number = number
         self.registration = registration  # its register, ready to send
-        self.about = b'{"task":"%s","cid":"%s",' % (task.encode(), json.loads(registration.partition(b"\r\n\r\n")[2].decode())["cid"].encode())
+        self.task = task
+        self.about = b'{"task":"%s","cid":"%s",' % (task.encode(), cid.encode())  # how each of its messages begins
         self.idle = []                    # connections without a request
         self.waiting = 0                  # requests without an answer
         self.orders = collections.deque()  # [num, holder, since, announced] of pieces it has been told to fetch
@@ -121,10 +121,10 @@ class Load:
         """Enter `count` peers, spread over the tasks of `urls`."""
         with socket.create_connection(self.address, 20.0) as sock:
             for number in range(len(self.peers), len(self.peers) + count):
-                ip = "10.%d.%d.%d" % (number >> 16, number >> 8 & 255, number & 255)
-                body = json.dumps({"superNodeIp": self.address[0], "rawUrl": urls[number % len(urls)], "taskUrl": urls[number % len(urls)],
-                                   "cid": "%s-%d-1.000" % (ip, number), "ip": ip, "hostName": "host", "port": 15001,
-                                   "path": "/peer/file/out-%d" % number, "version": "1.0.6"}).encode()
+                ip, url = "10.%d.%d.%d" % (number >> 16, number >> 8 & 255, number & 255), urls[number % len(urls)]
+                cid = "%s-%d-1.000" % (ip, number)
+                body = json.dumps({"superNodeIp": self.address[0], "rawUrl": url, "taskUrl": url, "cid": cid, "ip": ip, "hostName": "host",
+                                   "port": 15001, "path": "/peer/file/out-%d" % number, "version": "1.0.6"}).encode()
                 request = (b"POST /peer/registry HTTP/1.1\r\nHost: supernode\r\nContent-Type: application/json\r\nx-dfly: 1 \r\n"
                            b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
                 sock.sendall(request)
@@ -135,7 +135,7 @@ class Load:
                 if answer["code"] != 200:
                     raise SystemExit("register: %r" % answer)
                 self.size = answer["data"]["pieceSize"] - 5
-                self.peers.append(Peer(number, request, answer["data"]["taskId"]))
+                self.peers.append(Peer(number, cid, request, answer["data"]["taskId"]))
 
     def begin(self):
         """Have every peer send its first sync."""
@@ -225,20 +225,19 @@ class Load:
         self.selector.close()
 
 
-def parked(pid):
-    """How many connections of a process are established, itself not asked: its sockets, less some that are not connections."""
-    return sum(os.readlink("/proc/%d/fd/%s" % (pid, fd)).startswith("socket:") for fd in os.listdir("/proc/%d/fd" % pid))
+def syncs(node):
+    """How many syncs the supernode has begun to serve."""
+    return int(node.metrics().get('dfly_requests{call="sync"}', 0))
 
 
 def measure(node, load, seconds):
     """Run for `seconds`; return what that was like for both sides."""
-    before = node.metrics()['dfly_requests{call="sync"}'] if load.answers else 0.0
+    before = syncs(node)
     cpu, own, answers, began = read_cpu(node.pid), time.process_time(), load.answers, time.monotonic()
     load.run(seconds)
     took, answers = time.monotonic() - began, load.answers - answers
     cpu, own = read_cpu(node.pid) - cpu, time.process_time() - own
-    served = node.metrics()['dfly_requests{call="sync"}'] - before
-    return {"seconds": round(took, 2), "syncs": int(served), "syncs_per_s": round(answers / took, 1), "errors": len(load.errors),
+    return {"seconds": round(took, 2), "syncs": syncs(node) - before, "syncs_per_s": round(answers / took, 1), "errors": len(load.errors),
             "first_error": load.errors[0] if load.errors else "", "supernode_cpu": round(cpu / took, 2), "driver_cpu": round(own / took, 2),
             "us_per_sync": round(1e6 * cpu / max(1, answers), 1), "rss_mb": round(read_status(node.pid, "VmRSS") / 1e6, 1),
             "codes": {str(code): count for code, count in sorted(load.codes.items())}}
@@ -250,12 +249,12 @@ def origin_files(world, options, stall):
     return [origin.put("file%d" % i, data, stall_after=0 if stall else None) for i in range(options.tasks)], origin
 
 
-def settle(node, count, what):
+def settle(node, count):
     """Wait until the supernode has let go of the connections that were closed; return how many files it has open then."""
     try:
-        wait_for(lambda: descriptors(node.pid) <= count, 20.0, what)
+        wait_for(lambda: descriptors(node.pid) <= count, 20.0)
     except AssertionError:
-        pass
+        pass  # the row shows it
     return descriptors(node.pid)
 
 
@@ -264,8 +263,8 @@ def run_syncs(world, node, options):
     urls, _ = origin_files(world, options, stall=False)
     load = Load((node.ip, node.port))
     load.register(urls, options.peers)
-    wait_for(lambda: all(node.ask("GET", "/api/v1/tasks/" + task).json["cdnStatus"] == "SUCCESS"
-                         for task in {json.loads((peer.about[:-1] + b"}").decode())["task"] for peer in load.peers}), 120, "the supernode's own copies")
+    tasks = {peer.task for peer in load.peers}
+    wait_for(lambda: all(node.ask("GET", "/api/v1/tasks/" + task).json["cdnStatus"] == "SUCCESS" for task in tasks), 120, "the supernode's own copies")
     fds = descriptors(node.pid)
     try:
         load.begin()
@@ -274,7 +273,7 @@ def run_syncs(world, node, options):
         row["connections"] = len(load.links)
     finally:
         load.close()
-    return dict({"case": "syncs", "peers": options.peers, "tasks": options.tasks}, fds=[fds, settle(node, fds, "the connections' end")], **row)
+    return dict({"case": "syncs", "peers": options.peers, "tasks": options.tasks}, fds=[fds, settle(node, fds)], **row)
 
 
 def run_park(world, node, options):
@@ -285,14 +284,14 @@ def run_park(world, node, options):
     try:
         load.register(urls, options.park)
         load.begin()
-        wait_for(lambda: parked(node.pid) >= options.park, 60.0, "all connections")
+        wait_for(lambda: syncs(node) >= options.park, 60.0, "all syncs")
         row = measure(node, load, options.seconds)
         row["connections"] = len(load.links)
     finally:
         load.close()
         for i in range(options.tasks):
             origin.release("file%d" % i)
-    fds = [fds, settle(node, fds + 2 * options.tasks, "the connections' end")]  # a task has its file and its journal open
+    fds = [fds, settle(node, fds + 2 * options.tasks)]  # a task has its file and its journal open
     return dict({"case": "park", "peers": options.park, "tasks": options.tasks}, fds=fds, rss_before_mb=round(rss / 1e6, 1), **row)
 
 
@@ -312,7 +311,7 @@ def main():
         if options.cores and len(os.sched_getaffinity(0)) > 1:
             theirs, ours = map(int, options.cores.split(","))
             pin(node.pid, theirs)
-            pin(0, ours)
+            pin(os.getpid(), ours)
         row = (run_park if options.park else run_syncs)(world, node, options)
     print(json.dumps(row))
     return 1 if row["errors"] else 0
