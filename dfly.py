@@ -736,6 +736,10 @@ class TokenBucket:
 _REQUEST_LINE = re.compile(r"^([A-Z]{1,16}) (\S{1,16000}) HTTP/1\.([01])$")
 _STATUS_LINE = re.compile(r"^HTTP/1\.([01]) (\d{3})(?: .*)?$")
 _RANGE = re.compile(r"^bytes=(\d{1,18})-(\d{0,18})$")
+_NUMBER = re.compile(r"^\d{1,18}$")
+_PROXIED = re.compile(r"^https?://[^/]*")
+_VERSIONED = re.compile(r"^/v[0-9.]+(?=/)")
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 PHRASES = {200: "OK", 201: "Created", 206: "Partial Content", 208: "Already Reported", 400: "Bad Request", 401: "Unauthorized",
            403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 411: "Length Required",
@@ -785,7 +789,7 @@ class Response:
     @classmethod
     def of_json(cls, data: Any, status: int = 200) -> "Response":
         """Return `data` as JSON."""
-        return cls(status, json.dumps(data, separators=(",", ":")).encode())
+        return cls(status, _to_json(data).encode())
 
     @classmethod
     def of_error(cls, status: int, message: str) -> "Response":
@@ -822,7 +826,7 @@ class Request:
         self.method, self.headers, self.body = method, headers, body
         self.client, self.server = client, server  # IP addresses of the two ends
         path, _, self.query_text = target.partition("?")
-        self.path = unquote(re.sub(r"^https?://[^/]*", "", path)) or "/"
+        self.path = unquote(_PROXIED.sub("", path)) or "/"
         self.rest = ""  # of the path, behind a route that ends in a slash
         self.state = {}  # type: Dict[str, Any]
         self.expired = False  # its time in the park is over: it must be answered now
@@ -1131,7 +1135,7 @@ class Server:
         if "transfer-encoding" in headers:
             return -1
         text = headers.get("content-length", "0")
-        if not re.match(r"^\d{1,18}$", text):
+        if not _NUMBER.match(text):
             raise BadRequest("not a Content-Length: %.40r" % text)
         return int(text)
 
@@ -1147,7 +1151,7 @@ class Server:
     def _route(self, link: _Link) -> None:
         request = link.request
         assert request
-        path = re.sub(r"^/v[0-9.]+(?=/)", "", request.path)  # supernode 1.0 has every path a second time.  Wire: 4.6
+        path = _VERSIONED.sub("", request.path)  # supernode 1.0 has every path a second time.  Wire: 4.6
         method = "GET" if request.method == "HEAD" else request.method
         route = self._routes.get((method, path))
         cut = len(path)
@@ -1419,7 +1423,7 @@ class Reply:
         self._link = link
         self.status, self.headers = status, headers
         text = headers.get("content-length", "")
-        self.length = int(text) if re.match(r"^\d{1,18}$", text) else None  # None: chunked, or up to the end
+        self.length = int(text) if _NUMBER.match(text) else None  # None: chunked, or up to the end
         self.chunked = "chunked" in headers.get("transfer-encoding", "").lower()
         tokens = headers.get("connection", "").lower()
         self.keep = "keep-alive" in tokens if old else "close" not in tokens
@@ -2707,6 +2711,7 @@ class _Peer:
         self.serves, self.legacy, self.seed_only = serves, legacy, seed_only
         self.counted = serves  # whether its pieces count as held: it serves, and is not suspended
         self.starved = False  # nobody but the seed could serve it the last time
+        self.idle = self.hungry = False  # whether it is among its places' idle holders, hungry receivers
         self.have = 0  # mask: verified
         self.offers = 0  # mask: servable to others
         self.flights = {}  # type: Dict[int, _Flight]
@@ -2747,6 +2752,7 @@ class _Task:
         self.levels = [0] * 128  # masks of pieces, by how many peers have or fetch them (see _level)
         self.seed_uploads = 0
         self.seed_sent = 0  # pieces, in all
+        self.offered = collections.Counter()  # type: Dict[int, int]  # piece -> counted peers that would serve it
         self.duration = 0.0  # seconds a fetch takes, averaged
         self.receivers = 0
         self.direct = set()  # type: Set[_Peer]  # receivers that only the seed may serve
@@ -2948,8 +2954,9 @@ class Scheduler:
             peer.have |= 1 << num
             peer.task.known(1 << num)
             peer.task.change(peer, num, 1)
-        if servable:
+        if servable and not peer.offers >> num & 1:
             peer.offers |= 1 << num
+            peer.task.offered[num] += peer.counted
         if holder is not None:
             self._praise(peer, self._peer(task_id, holder), flight, seconds, nbytes, now)
         self._index(peer, now)
@@ -3027,15 +3034,15 @@ class Scheduler:
 
     def _count(self, peer: _Peer, counted: bool) -> None:
         """Have the pieces of a peer count as held, or not."""
-        nums = nums_of(peer.have | peer.asked)
-        if counted and not peer.counted:
-            peer.counted = True
-            for num in nums:
-                peer.task.change(peer, num, 1)
-        elif peer.counted and not counted:
-            for num in nums:
-                peer.task.change(peer, num, -1)
-            peer.counted = False
+        if counted == peer.counted:
+            return
+        change = 1 if counted else -1
+        peer.counted = True  # as `change` wants it
+        for num in nums_of(peer.have | peer.asked):
+            peer.task.change(peer, num, change)
+        for num in nums_of(peer.offers):
+            peer.task.offered[num] += change
+        peer.counted = counted
 
     def _blame(self, peer: _Peer, holder: Optional[_Peer], cid: str, why: str, now: float) -> None:
         """Draw the conclusions from a failure."""
@@ -3142,11 +3149,15 @@ class Scheduler:
 
     def _index(self, peer: _Peer, now: float) -> None:
         """Put a peer among the idle holders and the hungry receivers of its places, or take it out."""
-        idle = bool(peer.serves and peer.offers and peer.host.uploads < self._up_slots and peer.suspended_until <= now)
-        hungry = peer.receiving and peer.room > 0
-        for place in peer.places:
-            place.idle.put(peer, idle)
-            place.hungry.put(peer, hungry)
+        idle, hungry = self._free(peer, now), peer.receiving and peer.room > 0
+        if idle != peer.idle:
+            peer.idle = idle
+            for place in peer.places:
+                place.idle.put(peer, idle)
+        if hungry != peer.hungry:
+            peer.hungry = hungry
+            for place in peer.places:
+                place.hungry.put(peer, hungry)
 
     def _free(self, holder: _Peer, now: float) -> bool:
         return bool(holder.serves and holder.offers and holder.host.uploads < self._up_slots and holder.suspended_until <= now)
@@ -3173,8 +3184,9 @@ class Scheduler:
             nums &= ~place.present
         if holder is None:
             return nums
-        if any(place.leaving >= self.CROSSINGS for place in holder.places[common:]):
-            return 0
+        for place in holder.places[common:]:
+            if place.leaving >= self.CROSSINGS:
+                return 0
         return nums
 
     def _feed(self, task: _Task, now: float) -> None:
@@ -3273,8 +3285,6 @@ class Scheduler:
         From the seed also pieces that are still to come: its piece port holds such a request.
         """
         task = peer.task
-        if peer.room <= 0:
-            return
         count = min(peer.room + peer.queue, peer.batch + peer.room) - sum(not flight.slot for flight in peer.flights.values())
         if count <= 0:
             return
@@ -3364,7 +3374,7 @@ class Scheduler:
         peer = self._peer(task_id, cid)
         return bool(peer and peer.task.count is not None and peer.have == (1 << peer.task.count) - 1)
 
-    def waiting_for(self, task_id: str, cid: str, now: float) -> Waiting:
+    def waiting_for(self, task_id: str, cid: str) -> Waiting:
         """Return why a client has nothing to do."""
         peer = self._peer(task_id, cid)
         if not peer:
@@ -3372,8 +3382,7 @@ class Scheduler:
         missing = peer.task.all & ~peer.have
         unseeded = missing & ~peer.task.seeded
         num = ((unseeded or missing or 1) & -(unseeded or missing or 1)).bit_length() - 1
-        holders = sum(1 for other in peer.task.peers.values() if other.offers >> num & 1 and other.suspended_until <= now)
-        return Waiting(bin(missing).count("1"), num, not unseeded and bool(missing), holders)
+        return Waiting(bin(missing).count("1"), num, not unseeded and bool(missing), peer.task.offered[num])
 
     def progress(self, task_id: str) -> Dict[str, Tuple[int, int]]:
         """Return (pieces held, pieces under way) by cid."""
@@ -3390,6 +3399,8 @@ def _common(peer: _Peer, holder: Optional[_Peer]) -> int:
     """Return how many of a receiver's places its holder is in, wide to narrow; the seed is in none."""
     if holder is None:
         return 0
+    if peer.places[-1] is holder.places[-1]:
+        return len(peer.places)
     depth = 0
     for mine, other in zip(peer.places, holder.places):
         if mine is not other:
@@ -3455,6 +3466,7 @@ class CdnTask:
             if self.state == self.FAILED and time.monotonic() < self.ended_at + self._cdn.retry_s:
                 return
             self.state, self.error = self.RUNNING, None
+            self._speed = (time.monotonic(), self.origin_bytes)
             self._thread = threading.Thread(target=self._run, args=(origin,), name="dfly-cdn-" + self.task_id[:8], daemon=True)
             self._thread.start()
 
@@ -4383,6 +4395,8 @@ class Supernode(CdnEvents):
         if answer["code"] == WAIT and not request.expired and left > 0 and answer["eager"] == peer.eager:
             request.on_gone = lambda: self._hung_up(task, peer, state["turn"])
             return Park(("peer", task.task_id, peer.cid), left)
+        if answer["code"] == WAIT:
+            answer["msg"] = self._why_waiting(task, peer)
         peer.eager = answer.get("eager", peer.eager)
         peer.named = peer.named or "version" in answer
         return Response.of_json(answer)
@@ -4440,8 +4454,6 @@ class Supernode(CdnEvents):
             elif finished and store and store.layout.length is not None and (task.cdn.state == CdnTask.SUCCESS or not task.md5):
                 self._leave_locked(task, peer)
                 answer.update(code=FINISH, version=task.cdn.version)
-            else:
-                answer["msg"] = self._why_waiting_locked(task, peer)
         return answer
 
     def _describe_locked(self, task: SwarmTask, peer: Peer, pieces: List[Assignment], answer: Dict[str, Any]) -> None:
@@ -4462,12 +4474,13 @@ class Supernode(CdnEvents):
         if not answer["pieces"]:
             answer["code"] = WAIT
 
-    def _why_waiting_locked(self, task: SwarmTask, peer: Peer) -> str:
+    def _why_waiting(self, task: SwarmTask, peer: Peer) -> str:
         """Return in words what `peer` waits for, for the line it prints when it stalls."""
         store = task.cdn.store
         if not store:
             return "waiting: the origin has not answered the supernode yet"
-        why = self._scheduler.waiting_for(task.task_id, peer.cid, self._clock())
+        with self._lock:
+            why = self._scheduler.waiting_for(task.task_id, peer.cid)
         if why.missing and not why.seeded:
             return "waiting: piece %d has no holder; the supernode is fetching it at %s/s" % (
                 why.num, show_size(task.cdn.rate(self._clock())))
@@ -5330,6 +5343,7 @@ class SyncLine:
     """
 
     NEVER = float("inf")
+    PATIENCE_S = 0.1  # for a batch to come, before it is asked for again because another piece is here
     HEADERS = (("Content-Type", "application/json"), (DFLY_HEADER, "1"))
     ENCODE = staticmethod(json.JSONEncoder(separators=(",", ":")).encode)
 
@@ -5345,6 +5359,8 @@ class SyncLine:
         self._have = store.have  # to be told once
         self._eager = False  # others wait for what we have
         self._send_at = self.NEVER  # when there is something to say that should wait no longer
+        self._batches = False  # it gives us more than we can fetch at once
+        self._asked_at = -self.NEVER  # when the next batch was asked for, and has not come
         self.reason = ""  # why there is nothing to do, in the supernode's words
         self.finished = False
 
@@ -5354,8 +5370,7 @@ class SyncLine:
         self._reports += [o for o in outcomes if not isinstance(o.error, _Superseded)]
         while self._fetchers.endings:
             self._soon.append(self._fetchers.endings.popleft().num)
-        few = self._fetchers.left <= (1 if self._eager else FETCHERS)
-        if self._reports and (few or any(o.error for o in self._reports)) or self._eager and self._soon:
+        if self._reports and (self._runs_low(now) or any(o.error for o in self._reports)) or self._eager and self._soon:
             self._send_at = now
         elif self._eager and self._reports:
             self._send_at = min(self._send_at, now + HOLD_S)
@@ -5364,12 +5379,24 @@ class SyncLine:
         for sock in self._fetchers.wait(max(0.0, min(limit_s, self._send_at - now)), [link.sock for link in self._pending]):
             self._answer(next(link for link in self._pending if link.sock is sock))
 
+    def _runs_low(self, now: float) -> bool:
+        """Return whether the fetchers soon have nothing to do, though there are pieces that nobody has asked for."""
+        left, layout = self._fetchers.left, self._store.layout
+        if self._eager:
+            return left <= 1
+        if left > FETCHERS or now < self._asked_at + self.PATIENCE_S:
+            return False
+        return layout.count is None or bin(self._store.have).count("1") + left < layout.count
+
     def _send(self, slots: int) -> None:
         done = [[o.order.num, o.order.cid, round(o.seconds, 4), o.length] for o in self._reports if not o.error]
         failed = [[o.order.num, o.order.cid, getattr(o.error, "why", "other")] for o in self._reports if o.error]
         soon, self._reports, self._soon, self._send_at = self._soon, [], [], self.NEVER
+        queue = AHEAD if slots and self._fetchers.left <= FETCHERS else 0
+        if queue and self._batches and self._store.layout.count is not None:
+            self._asked_at = self._clock()
         message = {"task": self._registration.task_id, "cid": self._cid, "done": done, "failed": failed, "soon": soon, "slots": slots,
-                   "queue": AHEAD if slots and self._fetchers.left <= FETCHERS else 0}
+                   "queue": queue}
         if self._have:
             message["have"] = "%x" % self._have
             self._have = 0
@@ -5412,7 +5439,7 @@ class SyncLine:
         except (NoSuchPiece, AttributeError, KeyError, TypeError, ValueError):
             raise Migrate("supernode %s hands out what can't be read: %.200s" % (self._node, text.decode("utf-8", "replace")))
         if code == CONTINUE:
-            self.reason = ""
+            self.reason, self._asked_at, self._batches = "", -self.NEVER, len(orders) > FETCHERS
             for order in orders:
                 self._fetchers.put(order)
         elif code == FINISH:

@@ -20,10 +20,10 @@ import dfly  # noqa: E402
 
 
 class Link:
-    """One direction of a cable: its rate in bytes/s and the transfers on it."""
+    """One direction of a cable: its rate in bytes/s and the transfers on it (a dict, since a set has another order each run)."""
 
     def __init__(self, rate):
-        self.rate, self.flows = rate, set()
+        self.rate, self.flows = rate, {}
         self.bytes = 0.0
 
     def share(self):
@@ -93,24 +93,24 @@ class Swarm:
     def start(self, flow):
         flow.at = flow.began = self.now
         for link in flow.links:
-            link.flows.add(flow)
-        self.retime({f for link in flow.links for f in link.flows})
+            link.flows[flow] = True
+        self.retime({f: True for link in flow.links for f in link.flows})
 
     def fair(self, flows):
         """Return the max-min fair rate of every flow that has to do with these, as TCP shares links out in the long run."""
-        rates, todo = {}, set(flows)
+        rates, todo = {}, dict.fromkeys(flows)
         while True:
-            more = {f for flow in todo for link in flow.links for f in link.flows} - todo
+            more = {f: None for flow in todo for link in flow.links for f in link.flows if f not in todo}
             if not more:
                 break
-            todo |= more
+            todo.update(more)
         left = {link: [link.rate, len(link.flows)] for flow in todo for link in flow.links}
         while todo:
             tight = min(left, key=lambda link: left[link][0] / left[link][1])
             rate = left[tight][0] / left[tight][1]
             for flow in [f for f in tight.flows if f in todo]:
                 rates[flow] = rate
-                todo.discard(flow)
+                del todo[flow]
                 for link in flow.links:
                     left[link][0] -= rate
                     left[link][1] -= 1
@@ -132,8 +132,8 @@ class Swarm:
     def end(self, flow):
         flow.version = -1
         for link in flow.links:
-            link.flows.discard(flow)
-        self.retime({f for link in flow.links for f in link.flows})
+            link.flows.pop(flow, None)
+        self.retime({f: True for link in flow.links for f in link.flows})
 
     def arrive(self, flow, version):
         if flow.version != version:
