@@ -5014,7 +5014,7 @@ def _fork_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: floa
 FETCHERS = 3  # pieces under way at once, as many as a peer uploads: where all have as many, the links share out evenly
 AHEAD_S = 0.1  # how long before its end a piece is announced, at most: more puts ever more under way, all of them slower
 HOLD_S = 0.05  # how long a good piece waits for company before it is reported: a third of all messages less
-AHEAD = 64  # pieces a lone download may have been promised beyond those
+AHEAD = 128  # pieces a lone download may have been promised beyond those
 PEER_SILENCE_S = 3.0  # from a peer, before its piece is asked for elsewhere
 PEER_LEAST = 1024.0  # bytes/s, of a peer that is not silent
 SEED_SILENCE_S = 30.0  # from a supernode, which holds a request until the origin has sent that far

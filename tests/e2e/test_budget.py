@@ -16,7 +16,7 @@ class Generated:
     """An origin of one file that is nowhere as a whole: a block of bytes, over and over."""
 
     def __init__(self, block, length):
-        self.block, self.length, self.gets = block, length, 0
+        self.block, self.length, self.gets, self.log = block, length, 0, []
         origin = self
 
         class Handler(http.server.BaseHTTPRequestHandler):

@@ -176,7 +176,7 @@ class Swarm:
         """A sync leaves: with all facts, and with what the peer would queue as it knows it now."""
         peer.requests += 1
         facts, peer.unsaid = peer.unsaid, []
-        self.at(self.o.latency / 1e3, self.hear, peer, 64 if peer.running <= self.o.fetchers else 0, facts)
+        self.at(self.o.latency / 1e3, self.hear, peer, dfly.AHEAD if peer.running <= self.o.fetchers else 0, facts)
 
     def hear(self, peer, queue, facts):
         if peer.dead or peer.finished is not None:
@@ -247,7 +247,7 @@ class Swarm:
         peer.joined = self.now
         rack = peer.rack if peer.rack is not None else 0
         self.s.add_peer("t", peer.name, peer.name, ("site", "rack%d" % rack), self.now)
-        self.hear(peer, 64, ())
+        self.hear(peer, dfly.AHEAD, ())
 
     def kill(self, peer):
         peer.dead = True
