@@ -1521,7 +1521,8 @@ class HttpLink:
         every request.  With 50 ms of buffer on each link it costs a swarm 4 % of its time.
         """
         if hasattr(socket, "TCP_WINDOW_CLAMP"):
-            window = min(max(128 << 10, int(pace * (0.03 + 3 * shortest_rtt(self.sock)))), 1 << 30)
+            segment = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)  # 64 KB within a host: few of them stall it
+            window = min(max(128 << 10, 16 * segment, int(pace * (0.03 + 3 * shortest_rtt(self.sock)))), 1 << 30)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, window)
             if not self._heap_most:
                 import select
@@ -3087,7 +3088,8 @@ class Scheduler:
         for place in crossed:
             place.entering += 1
         if holder:
-            peer.host.partners[holder.host] = holder.host.partners[peer.host] = common
+            if holder.host is not peer.host:
+                peer.host.partners[holder.host] = holder.host.partners[peer.host] = common
             if slot:
                 holder.host.uploads += 1
                 for place in holder.places[common:]:
@@ -3134,7 +3136,9 @@ class Scheduler:
     # connections (Linux has room for 1,024 neighbours).  A random graph of eight is as good as one of all.
 
     def _may_meet(self, host: _Host, other: _Host, common: int) -> bool:
-        """Return whether a host may begin to fetch from one more."""
+        """Return whether a host may fetch from another: from a partner, or from one more."""
+        if other in host.partners or other is host:
+            return True
         return (sum(1 for near in host.partners.values() if near == common) < self.PARTNERS
                 and sum(1 for near in other.partners.values() if near == common) < 1.5 * self.PARTNERS)
 
@@ -3142,7 +3146,7 @@ class Scheduler:
     def _part(host: _Host) -> None:
         """A host has nothing more to fetch, or is better avoided, or chooses anew."""
         for other in host.partners:
-            other.partners.pop(host, None)
+            del other.partners[host]
         host.partners.clear()
 
     # -- matching ----------------------------------------------------------------
@@ -3174,7 +3178,7 @@ class Scheduler:
                 return 0
             nums &= task.seeded  # of another piece nobody could say what it must be
         common = _common(peer, holder)
-        if holder is not None and holder.host not in peer.host.partners and not self._may_meet(peer.host, holder.host, common):
+        if holder is not None and not self._may_meet(peer.host, holder.host, common):
             return 0
         if holder is None and task.count is not None and not task.all & ~task.swarm.present and task.seed_sent < self.SEED_COPIES * task.count:
             return nums  # all is out: now the seed is a holder like any other
@@ -5221,9 +5225,10 @@ class Fetchers:
             if self._stopping or self._store.have >> order.num & 1:
                 raise _Superseded("piece %d is here already, or the download ends" % order.num)
             most = min(total - got, self._bucket.chunk(self._watch_pace(order, link, reply, total - got)))
-            self._bucket.take(most)
+            self._bucket.take(0)
             asked = time.monotonic()
             count = reply.read_into(buffer[:most])
+            self._bucket.spend(count)
             if not count:
                 raise self._short(order, got, total)
             self.received += count
@@ -5423,7 +5428,7 @@ class SyncLine:
                 raise Migrate("%s answers %d: %.200s" % (link, reply.status, text.decode("utf-8", "replace")))
             answer = json.loads(text.decode())
             code = answer["code"]
-        except NetworkError:
+        except (NetworkError, Migrate):
             link.close()
             raise
         except (ValueError, KeyError, TypeError):
