@@ -1262,7 +1262,7 @@ class Server:
     def _quicken(self, link: _Link) -> None:
         """Near by, have bursts grow at once into the room that other transfers leave.  BBR, the default of some systems, takes
         eight round trips for each quarter more: longer than a piece, and 3 % of a swarm's time."""
-        if not link.quick and hasattr(socket, "TCP_CONGESTION") and 0 < shortest_rtt(link.sock) < 0.02:
+        if not link.quick and hasattr(socket, "TCP_CONGESTION") and 0 < round_trips(link.sock)[0] < 0.02:
             link.quick = True
             try:
                 link.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
@@ -1344,12 +1344,15 @@ class Server:
             self._guard(gone)
 
 
-def shortest_rtt(sock: socket.socket) -> float:
-    """Return the shortest round trip in seconds that the kernel has seen on a connection; 0.0 where it doesn't say."""
+def round_trips(sock: socket.socket) -> Tuple[float, float]:
+    """Return the shortest round trip in seconds that the kernel has seen on a connection, and its average of late; 0.0 where it
+    doesn't say."""
     if sock.family == socket.AF_UNIX or not hasattr(socket, "TCP_INFO"):
-        return 0.0
+        return 0.0, 0.0
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-    return struct.unpack_from("@I", info, 148)[0] / 1e6 if len(info) >= 152 else 0.0  # tcpi_min_rtt, Linux 4.6
+    if len(info) < 152:  # tcpi_min_rtt came with Linux 4.6
+        return 0.0, 0.0
+    return struct.unpack_from("@I", info, 148)[0] / 1e6, struct.unpack_from("@I", info, 68)[0] / 1e6
 
 
 def listen(host: str, port: int, tries: int = 1) -> socket.socket:
@@ -1514,21 +1517,24 @@ class HttpLink:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
-    def keep_short(self, pace: float) -> None:
-        """Let no more be under way to us than 30 ms of `pace` bytes/s (and three round trips, where those are long).
+    def keep_short(self, pace: float) -> float:
+        """Let no more be under way to us than 30 ms of `pace` bytes/s (and three round trips, where those are long); return
+        the seconds that a round trip takes of late, 0.1 where the kernel doesn't say.
 
         What a sender has under way beyond that only waits in queues: ours for the pieces of others, and in front of
         every request.  With 50 ms of buffer on each link it costs a swarm 4 % of its time.
         """
+        shortest, usual = round_trips(self.sock)
         if hasattr(socket, "TCP_WINDOW_CLAMP"):
             segment = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)  # 64 KB within a host: few of them stall it
-            window = min(max(128 << 10, 16 * segment, int(pace * (0.03 + 3 * shortest_rtt(self.sock)))), 1 << 30)
+            window = min(max(128 << 10, 16 * segment, int(pace * (0.03 + 3 * shortest))), 1 << 30)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, window)
             if not self._heap_most:
                 import select
                 self._poll = select.poll()
                 self._poll.register(self.sock, select.POLLIN)
             self._heap_most = window // 4
+        return usual or 0.1
 
     def close(self) -> None:
         """Hang up."""
@@ -5016,7 +5022,8 @@ def _fork_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: floa
 # ==============================================================================
 
 FETCHERS = 3  # pieces under way at once, as many as a peer uploads: where all have as many, the links share out evenly
-AHEAD_S = 0.1  # how long before its end a piece is announced, at most: more puts ever more under way, all of them slower
+AHEAD_S = 0.1  # how long before its end a piece is announced, at most: more puts ever more under way, all of them slower;
+AHEAD_TRIPS = 1.5  # round trips, and this many if that is less: the word to the supernode, its answer, the request
 HOLD_S = 0.05  # how long a good piece waits for company before it is reported: a third of all messages less
 AHEAD = 128  # pieces a lone download may have been promised beyond those
 PEER_SILENCE_S = 3.0  # from a peer, before its piece is asked for elsewhere
@@ -5095,6 +5102,7 @@ class Fetchers:
                          for i in range(2 * count)]  # twice as many: the next request leaves before a piece has ended
         self._count = count
         self._pace = 0.0  # bytes/s of one piece, averaged
+        self._lead = AHEAD_S  # how long before its end a piece is announced, averaged
         self._ending = set()  # type: Set[int]  # pieces whose end has been announced
         for thread in self._threads:
             thread.start()
@@ -5192,7 +5200,8 @@ class Fetchers:
         link, reply = self._pool.open(order.host, order.port, "GET", target, headers,
                                       timeout_s=SEED_SILENCE_S if order.cid.startswith("cdnnode:") else PEER_SILENCE_S)
         if self._pace:
-            link.keep_short(self._pace)
+            lead = min(AHEAD_S, AHEAD_TRIPS * link.keep_short(self._pace))
+            self._lead += 0.2 * (lead - self._lead)
         digest = self._digest(order)
         claim = self._claim(order)
         try:
@@ -5252,15 +5261,15 @@ class Fetchers:
 
         By the pace of the pieces before it: a piece's own first bytes come faster than the link is, from the kernel's buffer.
         """
-        pace = self._pace
-        if pace * 0.005 < left <= pace * AHEAD_S and order.num not in self._ending and len(self._ending) < self._count - 1:
+        pace, lead = self._pace, self._lead
+        if pace * 0.3 * lead < left <= pace * lead and order.num not in self._ending and len(self._ending) < self._count - 1:
             with self._lock:
                 self._ending.add(order.num)
             self._pool.ending(link, reply)
             self.endings.append(order)
             os.write(self._wake_w, b"x")
         most = int(min(CHUNK, max(CHUNK / 4, pace * AHEAD_S)))
-        return min(most, left - int(pace * AHEAD_S)) if pace * AHEAD_S < left else most
+        return min(most, left - int(pace * lead)) if pace * lead < left else most
 
     def _check_pace(self, order: Order, pace: float) -> None:
         """Give up on a peer that only drips, and on one far slower than the others while pieces wait for a thread.  Raises TimedOut."""
