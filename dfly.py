@@ -744,7 +744,7 @@ _to_json = json.JSONEncoder(separators=(",", ":")).encode
 PHRASES = {200: "OK", 201: "Created", 206: "Partial Content", 208: "Already Reported", 400: "Bad Request", 401: "Unauthorized",
            403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 411: "Length Required",
            413: "Payload Too Large", 416: "Range Not Satisfiable", 431: "Request Header Fields Too Large",
-           500: "Internal Server Error", 503: "Service Unavailable"}
+           500: "Internal Server Error", 502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout"}
 
 
 def parse_head(data: bytes) -> Tuple[str, Dict[str, str]]:
@@ -823,7 +823,7 @@ class Request:
     """What a client asks.  A handler that parks finds its own notes in `state` when it is run again."""
 
     def __init__(self, method: str, target: str, headers: Dict[str, str], body: bytes, client: str, server: str) -> None:
-        self.method, self.headers, self.body = method, headers, body
+        self.method, self.target, self.headers, self.body = method, target, headers, body
         self.client, self.server = client, server  # IP addresses of the two ends
         path, _, self.query_text = target.partition("?")
         self.path = unquote(_PROXIED.sub("", path)) or "/"
@@ -1111,23 +1111,27 @@ class Server:
             match = _REQUEST_LINE.match(line)
             if not match:
                 raise BadRequest("not a request: %.80r" % line)
-            length = self._body_length(headers)
+            tokens = headers.get("connection", "").lower()
+            link.keep = "close" not in tokens if match.group(3) == "1" else "keep-alive" in tokens
+            self._begin(link, match.group(1), match.group(2), headers, end + 4)
         except BadRequest as error:
-            return self._refuse(link, error.http, str(error))
+            self._refuse(link, error.http, str(error))
+
+    def _begin(self, link: _Link, method: str, target: str, headers: Dict[str, str], begin: int) -> None:
+        """Take the body that begins at `begin`, if it is all there, and run the request.  Raises BadRequest."""
+        length = self._body_length(headers)
         if length > MAX_BODY:
             return self._refuse(link, 413, "the body is larger than %d bytes" % MAX_BODY)
         if length < 0:
             return self._refuse(link, 411, "say the body's Content-Length")
-        if len(link.input) < end + 4 + length:
-            if headers.get("expect", "").lower() == "100-continue" and len(link.input) == end + 4:
+        if len(link.input) < begin + length:
+            if headers.get("expect", "").lower() == "100-continue" and len(link.input) == begin:
                 link.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            return
-        body = bytes(link.input[end + 4:end + 4 + length])
-        del link.input[:end + 4 + length]
-        tokens = headers.get("connection", "").lower()
-        link.keep = "close" not in tokens if match.group(3) == "1" else "keep-alive" in tokens
-        link.request = Request(match.group(1), match.group(2), headers, body, link.client, link.server)
-        self._route(link)
+            return None
+        body = bytes(link.input[begin:begin + length])
+        del link.input[:begin + length]
+        link.request = Request(method, target, headers, body, link.client, link.server)
+        return self._route(link)
 
     @staticmethod
     def _body_length(headers: Dict[str, str]) -> int:
@@ -1492,13 +1496,14 @@ class Reply:
 class HttpLink:
     """One connection to a server, kept alive.  Used by one thread at a time."""
 
-    def __init__(self, host: str, port: int, timeout_s: float = 10.0, connect_s: float = 3.0) -> None:
+    def __init__(self, host: str, port: int, timeout_s: float = 10.0, connect_s: float = 3.0,
+                 sock: Optional[socket.socket] = None, ahead: bytes = b"") -> None:
         self.host, self.port = host, port
         self._name = join_host(host, port)
-        self.sock = connect(host, port, connect_s)
+        self.sock = sock or connect(host, port, connect_s)
         self.fresh = True  # no answer has come over it yet
         self.follower = None  # type: Optional[Follower]  # the place behind an answer that is about to end; its pool's
-        self._ahead = b""  # bytes read behind a head
+        self._ahead = ahead  # bytes read behind a head
         self._heap = 1  # bytes that wake a reader
         self._heap_most = 0  # for bodies, where that is worth while
         self._timeout_s = 0.0
@@ -1608,6 +1613,11 @@ class HttpLink:
         while len(self._ahead) < count:
             self._more()
         data, self._ahead = self._ahead[:count], self._ahead[count:]
+        return data
+
+    def rest(self) -> bytes:
+        """Return, and forget, what has been read ahead."""
+        data, self._ahead = self._ahead, b""
         return data
 
     def read_line(self) -> bytes:
@@ -5838,10 +5848,13 @@ class Download:
         self.ip = self.options.ip or ours
         self.cid = "%s-%s" % (self.ip, self.sign)
         if self.options.pattern == "p2p":
-            self.port = start_uploader(self.home, "", self.options.port, self.options.expiretime, self.options.alivetime,
-                                       self.options.totallimit, self.options.verbose)
+            self.port = self._start_uploader()
             if not self.port:
                 self.log.warn("no uploader: this host will not serve others")
+
+    def _start_uploader(self) -> int:
+        options = self.options
+        return start_uploader(self.home, "", options.port, options.expiretime, options.alivetime, options.totallimit, options.verbose)
 
     def _register(self, node: Node) -> Registration:
         """Register with a supernode.  Raises NetworkError, Migrate, NeedAuth.  Wire: 1"""
