@@ -7,8 +7,9 @@ nothing but a Python 3.6 or later: copy it to a host and run it.
     dfly.py supernode      tracker, scheduler and passive CDN                 ports 8002 (API) and 8001 (pieces)
     dfly.py get -u URL     the wget-like client
     dfly.py peer           the host's uploader; `get` starts it by itself     ports 15000 - 65000
+    dfly.py daemon         registry mirror and proxy for docker and its kin   port 65001
     dfly.py demo           an origin, a supernode and four peers on loopback, to see it work
-    (a link named dfget or supernode makes the file act as that program)
+    (a link named dfget, supernode or dfdaemon makes the file act as that program)
 
 The map:
      1. Wire words      codes, header names, defaults, the error tree
@@ -18,12 +19,13 @@ The map:
      5. Rate limits     token buckets
      6. HTTP            an event-driven server that parks what waits, and a kept-alive client
      7. Store           a task's bytes on disk and the journal that says which of them are true
-     8. Origin          everything that is asked of the source station
+     8. Origin          everything that is asked of the source station, for ourselves and for others
      9. Scheduler       who fetches which piece from whom; pure
     10. CDN             from origin to seed pieces: one fetch a task
     11. Supernode       tasks and peers over scheduler and CDN; the API, old and native
     12. Uploader        a host's piece server
     13. Downloader      get: from supernode, from peers, back to source
+    14. Daemon          registry mirror and proxy: blobs by the swarm, the rest straight
     16. Command line    flags, the programs, main
 
 One piece's way: the supernode reads it from the origin once (10), writes it at its offset, knows its digest and
@@ -1099,6 +1101,8 @@ class Server:
             del link.input[:2]
         if not link.input:
             return
+        if link.input[0] == 0x16:  # engines try TLS first, and would wait for it
+            return self._refuse(link, 400, "this port speaks plain HTTP, not TLS")
         if link.state == _Link.IDLE:
             self._set(link, _Link.READING, self.READ_S)
         end = link.input.find(b"\r\n\r\n", 0, MAX_HEAD)
@@ -2216,6 +2220,21 @@ def request_url(url: str) -> Tuple[str, str]:
     return asked, "Basic " + base64.b64encode(pair.encode("utf-8", "surrogateescape")).decode()
 
 
+def tls_context(insecure: bool, cacerts: Any) -> Any:
+    """Return what makes TLS trust these CAs too (paths of PEM files, or PEM text), or anybody.  Raises BadUsage."""
+    import ssl
+    context = ssl.create_default_context()
+    for ca in cacerts:
+        try:
+            context.load_verify_locations(**({"cadata": ca} if "-----BEGIN" in ca else {"cafile": ca}))
+        except (OSError, ssl.SSLError) as error:
+            raise BadUsage("--cacerts %.80s: %s" % (ca, error.strerror or error))
+    if insecure:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
 class Origin:
     """A URL with everything needed to ask for it.  Immutable; used by any thread."""
 
@@ -2272,7 +2291,7 @@ class Origin:
             stop = self.base + end if end is not None else self.limit
             request.add_header("Range", "bytes=%d-%s" % (self.base + start, "" if stop is None else stop - 1))
         try:
-            response = self._opener(urllib.request, ssl).open(request, timeout=self.timeout_s)
+            response = self._opener(urllib.request).open(request, timeout=self.timeout_s)
         except urllib.error.HTTPError as error:
             error.close()
             if error.code == 304:
@@ -2308,19 +2327,10 @@ class Origin:
             if any(address.lower().startswith(FORBIDDEN_NETWORKS) for address in map(str, found)):
                 raise SourceError("%s: link-local addresses are not fetched for others" % self.url, 403)
 
-    def _opener(self, urllib_request: Any, ssl: Any) -> Any:
+    def _opener(self, urllib_request: Any) -> Any:
         handlers = []
         if self.url.lower().startswith("https") or self.cacerts or self.insecure:
-            context = ssl.create_default_context()
-            for ca in self.cacerts:
-                try:
-                    context.load_verify_locations(**({"cadata": ca} if "-----BEGIN" in ca else {"cafile": ca}))
-                except (OSError, ssl.SSLError) as error:
-                    raise BadUsage("--cacerts %.80s: %s" % (ca, error.strerror or error))
-            if self.insecure:
-                context.check_hostname = False
-                context.verify_mode = ssl.CERT_NONE
-            handlers.append(urllib_request.HTTPSHandler(context=context))
+            handlers.append(urllib_request.HTTPSHandler(context=tls_context(self.insecure, self.cacerts)))
         origin = self
 
         class Redirects(urllib_request.HTTPRedirectHandler):
@@ -2619,6 +2629,130 @@ class Filler:
             self.store.write(num * self.store.layout.stride + at, view[at:at + self.CHUNK])
         self.store.seal_piece(num, digest.seal())
         self._on_piece(num)
+
+
+class BadGateway(SourceError):
+    """A site can't be asked what a client wants of it through us."""
+    http = 502
+
+
+class Upstream:
+    """Connections to registries and other sites, TLS among them, kept alive, for requests and answers that are passed on as
+    they come.  By http.client, which knows more forms of a body than our own client.  _lock guards _idle."""
+
+    KEEP = 8  # idle connections kept for one site
+    CONNECT_S = 10.0  # TLS included
+    ANSWER_S = 120.0  # without a byte: a registry may have to commit a large layer first
+
+    def __init__(self, registry: str, insecure: bool, cacerts: List[str]) -> None:
+        self._own = urlsplit(registry).netloc  # the site that the next two concern
+        self._insecure, self._cacerts = insecure, cacerts
+        self._lock = threading.Lock()
+        self._idle = collections.defaultdict(list)  # type: Dict[Tuple[str, str], List[Any]]
+
+    def ask(self, method: str, url: str, headers: Any, body: Optional[Iterator[bytes]] = None, length: Optional[int] = 0) -> Tuple[Any, Any]:
+        """Send a request with a body of `length` bytes (None: as many as come), and return (connection, answer) once the
+        answer's head is there; end with `done`.  Raises BadGateway, and what `body` raises."""
+        import http.client
+        parts = urlsplit(url)
+        target = quote(url.partition("://")[2][len(parts.netloc):], safe="%/?:@!$&'()*+,;=~#[]|^{}`\\\"<>", encoding="latin-1")
+        while True:
+            connection, kept, prefix = self._connection(parts)
+            try:
+                connection.putrequest(method, prefix + (target if target[:1] == "/" else "/" + target), skip_host=True, skip_accept_encoding=True)
+                for name, value in [("Host", parts.netloc.rpartition("@")[2])] + list(headers):
+                    connection.putheader(name, value.encode("latin-1", "replace"))
+                self._send_body(connection, method, body, length)
+                return connection, connection.getresponse()
+            except (http.client.HTTPException, OSError, ValueError) as error:
+                connection.close()
+                if kept and not body and isinstance(error, (ConnectionError, http.client.BadStatusLine)):
+                    continue  # it was closed just before we asked
+                raise self._failure(parts, error)
+            except BaseException:
+                connection.close()
+                raise
+
+    @staticmethod
+    def _send_body(connection: Any, method: str, body: Optional[Iterator[bytes]], length: Optional[int]) -> None:
+        chunked = bool(body) and length is None
+        if chunked:
+            connection.putheader("Transfer-Encoding", "chunked")
+        elif body or method in ("POST", "PUT", "PATCH"):
+            connection.putheader("Content-Length", str(length if body else 0))
+        connection.endheaders()
+        try:
+            for data in body or ():
+                connection.send(b"%x\r\n%s\r\n" % (len(data), data) if chunked else data)
+            if chunked:
+                connection.send(b"0\r\n\r\n")
+        except ConnectionError:  # it wants no more: the answer says why
+            pass
+
+    def _connection(self, parts: Any) -> Tuple[Any, bool, str]:
+        """Return a connection for a URL, whether it has been used before, and what goes before each path on it.  Raises BadGateway."""
+        import http.client
+        import urllib.request
+        host, port = split_host(parts.netloc.rpartition("@")[2], 443 if parts.scheme == "https" else 80)
+        proxy = "" if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(parts.scheme, "")
+        prefix = "http://" + parts.netloc if proxy and parts.scheme == "http" else ""
+        kept = self._kept(parts)
+        if kept:
+            return kept, True, prefix
+        try:
+            way = split_host(urlsplit(proxy).netloc.rpartition("@")[2], 80) if proxy else (host, port)
+            if parts.scheme == "https":
+                own = parts.netloc == self._own
+                context = tls_context(self._insecure and own, self._cacerts if own else ())
+                connection = http.client.HTTPSConnection(way[0], way[1], timeout=self.CONNECT_S, context=context)  # type: Any
+                if proxy:
+                    connection.set_tunnel(host, port)
+            else:
+                connection = http.client.HTTPConnection(way[0], way[1], timeout=self.CONNECT_S)
+            connection.connect()
+        except (http.client.HTTPException, OSError, ValueError) as error:
+            raise self._failure(parts, error)
+        connection.sock.settimeout(self.ANSWER_S)
+        return connection, False, prefix
+
+    def _kept(self, parts: Any) -> Any:
+        """Return an idle connection that the other end has not closed; None without one."""
+        import select
+        while True:
+            with self._lock:
+                idle = self._idle[parts.scheme, parts.netloc]
+                if not idle:
+                    return None
+                connection = idle.pop()
+            if not select.select([connection.sock], [], [], 0)[0]:
+                return connection
+            connection.close()
+
+    @staticmethod
+    def _failure(parts: Any, error: Exception) -> BadGateway:
+        late = isinstance(error, socket.timeout)
+        reason = "no answer in time" if late else getattr(error, "verify_message", "") or getattr(error, "strerror", "") or error
+        failure = BadGateway("%s://%s: %s" % (parts.scheme, parts.netloc, reason or type(error).__name__))
+        failure.http = 504 if late else 502
+        return failure
+
+    def done(self, url: str, connection: Any, answer: Any) -> None:
+        """Keep a connection whose answer has been read to its end; else hang up."""
+        parts = urlsplit(url)
+        with self._lock:
+            idle = self._idle[parts.scheme, parts.netloc]
+            if answer.isclosed() and not answer.will_close and connection.sock and len(idle) < self.KEEP:
+                idle.append(connection)
+                return
+        answer.close()
+        connection.close()
+
+    def close(self) -> None:
+        """Hang up on everybody that nobody is talking to."""
+        with self._lock:
+            for connection in sum(self._idle.values(), []):
+                connection.close()
+            self._idle.clear()
 
 
 # ==============================================================================
@@ -6193,11 +6327,870 @@ class Download:
 
 
 # ==============================================================================
+# 14. Daemon
+#    The registry mirror and HTTP proxy of a host's container engines: blobs come by
+#    the swarm, all else straight from where it is asked of.  An idle connection costs
+#    a place in a selector; a request that runs has a thread.
+# ==============================================================================
+
+DAEMON_PORT = 65001
+CLIENT_S = 60.0  # without a client taking, or sending, a byte
+TUNNEL_S = 600.0  # without a byte through a tunnel, either way
+PROGRESS_S = 60.0  # without a byte more of a blob, before its clients are sent elsewhere
+ABANDON_S = 30.0  # how long a download goes on that nobody waits for
+PROVEN_S = 300.0  # how long credentials that the registry has taken for a blob are good for it
+LEFTOVER_S = 3600.0  # how long half a blob may wait for another request.  Wire: 11.4
+HELD = 1 << 20  # bytes of a blob's end that are sent only when its digest is right; smaller ones as a whole
+
+#: What belongs to one connection and not to the request on it (RFC 7230, 6.1).
+_HOP = frozenset("connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade".split())
+#: What a download must not show the origin in addition: it asks for the whole file, as it is.  Wire: 11.2
+_OURS = frozenset("host range accept-encoding content-length expect".split())
+_BLOB = re.compile(r"^.+/blobs/sha256:([0-9a-f]{64})$")
+_OPEN_RANGE = re.compile(r"^bytes=\d{1,18}-$")
+_PUBLISHED = re.compile(r"^[0-9a-f]{64}$")
+
+
+class BadSetting(BadUsage):
+    """A flag of the daemon that can't be used; `daemon_exit` is the status with which dfdaemon 1.0 ends.  Wire: 11.4"""
+
+    def __init__(self, message: str, daemon_exit: int) -> None:
+        super().__init__(message)
+        self.daemon_exit = daemon_exit
+
+
+class Rule(NamedTuple):
+    """What becomes of a proxied URL that `pattern` is found in.  Wire: 11.3"""
+
+    pattern: Any
+    direct: bool = False  # not by the swarm
+    use_https: bool = False  # the engine speaks plain HTTP, the registry TLS
+    redirect: str = ""  # the host to ask instead
+
+    @classmethod
+    def parse(cls, text: str) -> "Rule":
+        """Return the rule `REGEX [direct] [use_https] [redirect=HOST]`.  Raises BadSetting."""
+        pattern, *words = text.split() or [""]
+        known = {word.partition("=")[0]: word.partition("=")[2] for word in words}
+        if not pattern or set(known) - {"direct", "use_https", "redirect"}:
+            raise BadSetting("not a proxy rule: %r (write REGEX [direct] [use_https] [redirect=HOST])" % text, 10)
+        try:
+            return cls(re.compile(pattern), "direct" in known, "use_https" in known, known.get("redirect", ""))
+        except re.error as error:
+            raise BadSetting("not a regular expression: %r: %s" % (pattern, error), 10)
+
+    def apply(self, url: str) -> str:
+        """Return what is asked instead of `url`."""
+        parts = urlsplit(url)
+        return url.replace("%s://%s" % (parts.scheme, parts.netloc),
+                           "%s://%s" % ("https" if self.use_https else parts.scheme, self.redirect or parts.netloc), 1)
+
+
+class Caller:
+    """A client whose request a thread has in hand: what it asks, its body as far as unread, and the way back to it."""
+
+    def __init__(self, link: _Link, request: Request, ahead: bytes) -> None:
+        self.request = request
+        self.keep = link.keep  # another request may follow
+        self.line = HttpLink(request.client, 0, CLIENT_S, sock=link.sock, ahead=ahead)
+        self.chunked = "chunked" in request.headers.get("transfer-encoding", "").lower()
+        self.length = None if self.chunked else Server._body_length(request.headers)  # of the body
+        self.unread = self.has_body = self.length != 0
+        self.started = False  # the answer's head is on its way
+        self._chunks = False  # the answer goes out in chunks
+
+    def body(self) -> Iterator[bytes]:
+        """Yield the request's body.  Raises NetworkError, TimedOut, BadRequest."""
+        if self.request.headers.get("expect", "").lower() == "100-continue":
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        left = self.length or 0
+        while self.unread:
+            if self.chunked and not left:
+                left = self._chunk_size()
+                if not left:
+                    break
+            data = self.line.read_exactly(min(left, 65536))
+            left -= len(data)
+            yield data
+            if self.chunked and not left:
+                self.line.read_line()
+            self.unread = self.chunked or left > 0
+        self.unread = False
+
+    def _chunk_size(self) -> int:
+        """Return the bytes in the next chunk; at the last one read what follows it."""
+        text = self.line.read_line().split(b";")[0].strip()
+        if not re.match(br"^[0-9a-fA-F]{1,15}$", text):
+            raise BadRequest("not a chunk: %.40r" % text)
+        size = int(text, 16)
+        while not size and self.line.read_line():
+            pass
+        return size
+
+    def answer(self, status: int, reason: str, headers: List[Tuple[str, str]], length: Optional[int]) -> None:
+        """Send an answer's head; its body of `length` bytes (None: as many as come) follows by `send`.  Raises NetworkError."""
+        bodiless = self.request.method == "HEAD" or status in (204, 304)
+        lines = ["HTTP/1.1 %d %s" % (status, reason or PHRASES.get(status, ""))] + ["%s: %s" % pair for pair in headers]
+        if not bodiless and length is None:
+            self._chunks = True
+            lines.append("Transfer-Encoding: chunked")
+        elif length is not None:
+            lines.append("Content-Length: %d" % length)
+        self.keep = self.keep and not self.unread
+        if not self.keep:
+            lines.append("Connection: close")
+        self.started = True
+        self._send(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace"))
+
+    def send(self, data: Any) -> None:
+        """Send some of the answer's body.  Raises NetworkError."""
+        self._send(b"%x\r\n%s\r\n" % (len(data), data) if self._chunks else data)
+
+    def send_file(self, fd: int, start: int, end: int) -> None:
+        """Send bytes [start, end) of a file.  Raises NetworkError."""
+        while start < end:
+            try:
+                count = os.sendfile(self.line.sock.fileno(), fd, start, min(end - start, 1 << 20))
+            except OSError as error:
+                raise NetworkError("%s takes no more: %s" % (self.request.client, error.strerror))
+            if not count:
+                raise NetworkError("the file is shorter than it was")
+            start += count
+
+    def end(self) -> None:
+        """The answer's body has been sent."""
+        if self._chunks:
+            self._send(b"0\r\n\r\n")
+
+    def refuse(self, status: int, message: str) -> None:
+        """Answer with an error in a registry's own form, which engines show to their users; or hang up in an answer's middle."""
+        if self.started:
+            self.keep = False
+            return
+        body = _to_json({"errors": [{"code": "UNAVAILABLE" if status >= 500 else "UNSUPPORTED", "message": message}]}).encode()
+        self.answer(status, "", [("Content-Type", "application/json")], len(body))
+        if self.request.method != "HEAD":
+            self.send(body)
+
+    def _send(self, data: Any) -> None:
+        try:
+            self.line.sock.sendall(data)
+        except OSError as error:
+            raise NetworkError("%s takes no more: %s" % (self.request.client, error.strerror or error))
+
+    def gone(self) -> bool:
+        """Return whether the client has hung up."""
+        try:
+            return not self.line.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+
+class Doorway(Server):
+    """A Server that gives each request but those of its routes to a thread, body unread, and takes the connection back after it.
+
+    The application's `handle` takes a Caller.  _handed belongs to the server's thread.
+    """
+
+    MOST = 256  # requests at once
+
+    def __init__(self, sock: socket.socket, application: Any, log: Log) -> None:
+        super().__init__(sock, application.ROUTES, application, log, "daemon")
+        self._handed = {}  # type: Dict[_Link, threading.Thread]
+
+    def _begin(self, link: _Link, method: str, target: str, headers: Dict[str, str], begin: int) -> None:
+        if (method, target.partition("?")[0]) in self._routes:
+            return super()._begin(link, method, target, headers, begin)
+        if len(self._handed) >= self.MOST:
+            return self._refuse(link, 503, "%d requests are under way already" % self.MOST)
+        caller = Caller(link, Request(method, target, headers, b"", link.client, link.server), bytes(link.input[begin:]))
+        del link.input[:]
+        self._watch(link, 0)
+        link.state = _Link.WORKING
+        thread = threading.Thread(target=self._lend, args=(link, caller), name="dfly-client", daemon=True)
+        self._handed[link] = thread
+        return thread.start()
+
+    def _lend(self, link: _Link, caller: Caller) -> None:
+        """The life of a request's thread."""
+        request = caller.request
+        try:
+            self._app.handle(caller)
+        except DflyError as error:
+            self._log.warn("%s %s from %s: %s", request.method, request.target, request.client, error)
+            self._say(caller, error.http, str(error))
+        except Exception as error:  # noqa: BLE001 a fault of ours: the client gets no traceback, the log does
+            import traceback
+            self._log.error("%s %s: %s", request.method, request.target, traceback.format_exc())
+            self._say(caller, 500, "internal error: %s" % type(error).__name__)
+        if self._stopping:
+            link.sock.close()
+        else:
+            self.post(lambda: self._take_back(link, caller))
+
+    @staticmethod
+    def _say(caller: Caller, status: int, message: str) -> None:
+        try:
+            caller.refuse(status, message)
+        except NetworkError:  # the client is gone
+            caller.keep = False
+
+    def _take_back(self, link: _Link, caller: Caller) -> None:
+        del self._handed[link]
+        link.keep = caller.keep and not caller.unread and not link.closing
+        if not link.keep or self._stopping:
+            return self._close(link)
+        link.sock.setblocking(False)
+        link.input += caller.line.rest()
+        self._set(link, _Link.IDLE, self.IDLE_S)
+        self._watch(link, selectors.EVENT_READ)
+        return self._parse(link) if link.input else None
+
+    def _close(self, link: _Link) -> None:
+        if link in self._handed:  # the socket is its thread's: only wake that
+            try:
+                link.sock.shutdown(socket.SHUT_RDWR)
+            except OSError:  # the client was faster
+                pass
+            return
+        super()._close(link)
+
+    def stop(self, limit_s: float = 1.0) -> None:
+        """End the thread, and within `limit_s` more all requests."""
+        super().stop(limit_s)
+        deadline = time.monotonic() + limit_s
+        for thread in list(self._handed.values()):
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+class Blob:
+    """A file on its way from the swarm: one download, and the clients that read along.  _changed guards everything with an underscore."""
+
+    def __init__(self, url: str, digest: str, path: str) -> None:
+        self.url, self.digest, self.path = url, digest, path  # digest "": whatever comes is right
+        self.users = 0  # clients; this and the next two belong to the Blobs
+        self.used_at = time.monotonic()
+        self.proven = {}  # type: Dict[str, float]  # fingerprints of credentials, and until when they are good
+        self.unwanted = False  # nobody waits for it: the download shall end
+        self.ended = False  # its threads have
+        self._changed = threading.Condition()
+        self._store = None  # type: Optional[TaskFile]
+        self._spans = []  # type: List[FileSpan]  # descriptors of the stores so far; the last one is in use
+        self._passed = 0  # bytes that are here without a gap, and digested
+        self._length = None  # type: Optional[int]
+        self._right = False  # all is here, and has the digest
+        self._error = None  # type: Optional[DflyError]
+
+    # -- the download's side ----------------------------------------------------
+
+    def follow(self, store: TaskFile) -> None:
+        """Take what `store` gains from now on.  Raises NoSuchPiece."""
+        with self._changed:
+            if store is self._store:
+                return
+            if self._passed:
+                self._error = self._error or SourceChanged("%s: the origin has another file now" % self.url)
+            self._spans += [span for span in store.plain_body(0, 1) if isinstance(span, FileSpan)]
+            self._store, self._passed, self._length = store, 0, None
+            self._changed.notify_all()
+
+    def nudge(self) -> None:
+        """There may be new pieces."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def fail(self, error: DflyError) -> None:
+        """There will be no more."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def digest_along(self) -> None:
+        """Digest the file in its order while it grows, until it ends or the download has failed: what has passed here may be sent."""
+        store, at, digest = None, 0, hashlib.sha256()
+        while not self.over:
+            if self._store is not store:
+                store, at, digest = self._store, 0, hashlib.sha256()
+            data = self._next(store, at)
+            if data:
+                if self.digest:
+                    digest.update(data)
+                at += len(data)
+            with self._changed:
+                if store is self._store and store:
+                    self._passed, self._length = at, store.layout.length
+                    if at == self._length and not self._error:
+                        self._judge_locked(digest.hexdigest())
+                self._changed.notify_all()
+                if not data and not self._right:
+                    self._changed.wait(0.1)
+
+    def _next(self, store: Optional[TaskFile], at: int) -> bytes:
+        """Return the next bytes of the file, b"" while they are not here."""
+        num = at // store.layout.stride if store else 0
+        if not store or not store.have >> num & 1:
+            return b""
+        try:
+            offset, length = store.layout.content_range(num)
+            return os.pread(self._spans[-1].fd, min(offset + length - at, CHUNK), at)
+        except NoSuchPiece:
+            return b""
+        except OSError as error:
+            self.fail(CannotRead("%s: %s" % (self.path, error.strerror)))
+            return b""
+
+    def _judge_locked(self, digest: str) -> None:
+        if self.digest and digest != self.digest:
+            self._error = WrongBytes(self.url, self.digest, digest)
+        self._right = not self._error
+
+    @property
+    def over(self) -> bool:
+        """Whether all that can come has come."""
+        return self._right or self._error is not None
+
+    @property
+    def error(self) -> Optional[DflyError]:
+        """Why there is no more of it."""
+        return None if self._right else self._error
+
+    # -- a client's side ----------------------------------------------------------
+
+    def length(self, gone: Callable[[], bool]) -> int:
+        """Wait until something of it may be sent, and return its length in bytes.  Raises as `sendable`."""
+        self.sendable(0, gone)
+        with self._changed:
+            assert self._length is not None
+            return self._length
+
+    def sendable(self, at: int, gone: Callable[[], bool]) -> int:
+        """Wait until bytes from `at` on may be sent; return up to which.  Raises what the download has ended with, Stalled,
+        NetworkError when the client is `gone`."""
+        passed, deadline = -1, 0.0
+        while True:
+            with self._changed:
+                limit = self._limit_locked()
+                if self._length is not None and (limit > at or self._right):
+                    return limit
+                if self._error:
+                    raise self._error
+                if self._passed != passed:
+                    passed, deadline = self._passed, time.monotonic() + PROGRESS_S
+                self._changed.wait(1.0)
+            if gone():
+                raise NetworkError("the client has hung up")
+            if time.monotonic() > deadline:
+                raise Stalled("%s: not a byte within %g s" % (self.url, PROGRESS_S))
+
+    def _limit_locked(self) -> int:
+        if self._right or not self.digest:
+            return self._passed
+        return max(0, min(self._passed, (self._length or 0) - HELD))
+
+    @property
+    def fd(self) -> int:
+        """The descriptor to send from."""
+        return self._spans[-1].fd
+
+    @property
+    def version(self) -> str:
+        """What the origin says of the file's version."""
+        return self._store.about.get("version", "") if self._store else ""
+
+    def close(self) -> None:
+        """Give the descriptors back, and the file's place on the disk."""
+        for span in self._spans:
+            span.close()
+        remove(self.path)
+
+
+class BlobDownload(Download):
+    """A download for a Blob: others read along, and it ends when nobody wants it any more."""
+
+    def __init__(self, options: Any, out: Any, blob: Blob, uploader: Callable[[], int]) -> None:
+        super().__init__(options, out)
+        self._blob, self._find_uploader = blob, uploader
+
+    def _start_uploader(self) -> int:
+        return self._find_uploader()
+
+    def _open_store(self, length: Optional[int], size: int, version: str) -> None:
+        super()._open_store(length, size, version)
+        assert self.store
+        self._blob.follow(self.store)
+
+    def _watch(self, line: Any, fetchers: Fetchers, outcomes: List[Outcome]) -> None:
+        super()._watch(line, fetchers, outcomes)
+        if outcomes:
+            self._blob.nudge()
+        self._still_wanted()
+
+    def _from_source(self) -> None:
+        self._still_wanted()
+        super()._from_source()
+
+    def _late(self) -> bool:
+        return self._blob.unwanted or super()._late()
+
+    def _still_wanted(self) -> None:
+        if self._blob.unwanted:
+            raise Stalled("nobody waits for it any more")
+
+
+class Companion:
+    """The uploader of the daemon's home: whichever there is, else a child of ours.  _lock guards _child.
+
+    A new program, not the fork that `get` makes: this process has threads.
+    """
+
+    def __init__(self, home: str, arguments: List[str]) -> None:
+        self._home, self._arguments = home, arguments
+        self._lock = threading.Lock()
+        self._child = None  # type: Any
+
+    def port(self) -> int:
+        """Return the uploader's port, starting one if there is none; 0 when that fails."""
+        line = UploaderLine(self._home)
+        with self._lock:
+            answer = line.call("GET", "/ping")
+            if not answer:
+                self._start()
+                answer = line.call("GET", "/ping")
+        return answer["port"] if answer and answer.get("version") == VERSION else 0
+
+    def _start(self) -> None:
+        import select
+        import subprocess
+        self._end()
+        self._child = subprocess.Popen([sys.executable, os.path.realpath(__file__), "peer", "--home", self._home] + self._arguments,
+                                       stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        if select.select([self._child.stdout], [], [], CONTROL_S)[0]:  # it says its port, or ends
+            os.read(self._child.stdout.fileno(), 4096)
+
+    def _end(self, limit_s: float = 0.5) -> None:
+        import subprocess
+        if self._child:
+            self._child.terminate()
+            self._child.stdout.close()
+            try:
+                self._child.wait(limit_s)
+            except subprocess.TimeoutExpired:  # it says good-bye to a supernode that does not answer
+                self._child.returncode = 0
+            self._child = None
+
+    def close(self) -> None:
+        """End our child."""
+        with self._lock:
+            self._end()
+
+
+class Blobs:
+    """The blobs that are under way, or were a little while ago.  _lock guards _blobs, _bad and the blobs' users."""
+
+    MOST = 32  # downloads at once
+
+    def __init__(self, repo: str, log: Log, options_for: Callable[[str], Any], keep_s: float, uploader: Callable[[], int]) -> None:
+        self.repo, self.log = repo, log
+        self._options_for = options_for  # makes the flags of `get` for a URL
+        self._keep_s = keep_s  # how long a blob stays after its last use
+        self._uploader = uploader
+        self._lock = threading.Lock()
+        self._blobs = {}  # type: Dict[str, Blob]
+        self._bad = {}  # type: Dict[str, float]  # URLs that the swarm gives wrong, or that don't fit, and until when that counts
+        self._swept_at = 0.0
+        for name in os.listdir(repo):
+            if _PUBLISHED.match(name):  # nobody knows any more what is in it
+                remove(os.path.join(repo, name))
+
+    def join(self, url: str, digest: str, headers: List[Tuple[str, str]], credentials: str) -> Optional[Blob]:
+        """Return the blob at `url`, on its way from now on; None when it had better be asked of its origin.  End with `leave`."""
+        now = time.monotonic()
+        with self._lock:
+            blob = self._blobs.get(url)
+            if blob and (blob.error or blob.unwanted or (blob.ended and not digest)):
+                blob = None  # a new one, as soon as the old one's file is free
+                if not self._drop_locked(url):
+                    return None
+            if not blob:
+                if self._bad.get(url, 0.0) > now or sum(not other.ended for other in self._blobs.values()) >= self.MOST:
+                    return None
+                blob = Blob(url, digest, os.path.join(self.repo, hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()))
+                blob.proven[credentials] = now + PROVEN_S
+                self._blobs[url] = blob
+                threading.Thread(target=self._run, args=(blob, headers), name="dfly-blob", daemon=True).start()
+            blob.users += 1
+            return blob
+
+    def leave(self, blob: Blob) -> None:
+        """A client of a blob has ended."""
+        with self._lock:
+            blob.users -= 1
+            blob.used_at = time.monotonic()
+
+    def _drop_locked(self, url: str) -> bool:
+        """Forget a blob that nobody uses; return whether nobody does."""
+        blob = self._blobs[url]
+        if blob.users or not blob.ended:
+            return False
+        blob.close()
+        del self._blobs[url]
+        return True
+
+    def _run(self, blob: Blob, headers: List[Tuple[str, str]]) -> None:
+        """The life of a download's thread."""
+        import io
+        digester = threading.Thread(target=blob.digest_along, name="dfly-digest", daemon=True)
+        digester.start()
+        try:
+            options = self._options_for(blob.url)
+            options.output = blob.path
+            options.header = options.header + ["%s: %s" % pair for pair in headers]
+            BlobDownload(options, io.StringIO(), blob, self._uploader).run()
+            digester.join(PROGRESS_S)
+            blob.fail(Stalled("%s: can't be read back" % blob.url))  # changes nothing when all of it was
+        except FinalFailure as failure:
+            blob.fail(failure.cause)
+        except DflyError as error:
+            blob.fail(error)
+        except Exception as error:  # noqa: BLE001 a fault of ours must not leave the clients waiting
+            import traceback
+            self.log.error("%s: %s", blob.url, traceback.format_exc())
+            blob.fail(DflyError("internal error: %r" % error))
+        digester.join()
+        if blob.error:
+            self.log.warn("%s: %s", blob.url, blob.error)
+            self._mark_bad(blob)
+        blob.ended = True
+
+    def _mark_bad(self, blob: Blob) -> None:
+        """After wrong bytes, or on a full disk, let the blob's next clients ask its origin."""
+        seconds = 600.0 if isinstance(blob.error, WrongBytes) else 30.0 if isinstance(blob.error, (NoSpace, CannotWrite)) else 0.0
+        with self._lock:
+            self._bad[blob.url] = time.monotonic() + seconds
+            for url in [url for url in self._blobs if isinstance(blob.error, NoSpace)]:
+                self._drop_locked(url)
+
+    def tick(self) -> None:
+        """Twice a second or so: let go of what has expired, and end what nobody waits for."""
+        now = time.monotonic()
+        with self._lock:
+            for url, blob in list(self._blobs.items()):
+                if not blob.ended and not blob.users and now > blob.used_at + ABANDON_S:
+                    blob.unwanted = True
+                if blob.ended and (blob.error or not blob.digest or now > blob.used_at + self._keep_s):
+                    self._drop_locked(url)
+            self._bad = {url: until for url, until in self._bad.items() if until > now}
+        if now > self._swept_at + 60.0:
+            self._swept_at = now
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove halves of blobs that nobody has asked for again.  Wire: 11.4"""
+        with self._lock:
+            busy = tuple("." + os.path.basename(blob.path) for blob in self._blobs.values())
+        for name in os.listdir(self.repo):
+            path = os.path.join(self.repo, name)
+            try:
+                if ".dfly" in name and not name.startswith(busy or ("/",)) and time.time() > os.stat(path).st_mtime + LEFTOVER_S:
+                    remove(path)
+            except FileNotFoundError:
+                pass
+
+    def counts(self) -> Tuple[int, int]:
+        """Return how many blobs are under way, and how many are kept."""
+        with self._lock:
+            running = sum(not blob.ended for blob in self._blobs.values())
+            return running, len(self._blobs) - running
+
+    def close(self, limit_s: float = 0.5) -> None:
+        """End all downloads, within `limit_s` seconds if they do, and remove what is whole."""
+        with self._lock:
+            blobs = list(self._blobs.values())
+        for blob in blobs:
+            blob.unwanted = True
+        deadline = time.monotonic() + limit_s
+        while not all(blob.ended for blob in blobs) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for blob in blobs:
+            if blob.ended and not blob.users:
+                blob.close()
+            remove(blob.path)
+
+
+class Daemon:
+    """Decides what becomes of a request: a blob by the swarm, all else straight to its origin, or a tunnel.  Wire: 11"""
+
+    ROUTES = (
+        Route("GET", "/env", "env"),               # Wire: 11.1
+        Route("GET", "/args", "args"),
+        Route("GET", "/debug/version", "version"),
+        Route("GET", "/metrics", "metrics"),
+    )
+
+    def __init__(self, registry: str, rules: List[Rule], selected: List[Any], upstream: Upstream, blobs: Blobs, log: Log,
+                 settings: Dict[str, Any]) -> None:
+        self.registry = registry.rstrip("/")
+        self._rules = rules  # for what is proxied
+        self._selected = selected  # patterns of more URLs of the registry that come by the swarm
+        self._upstream, self._blobs, self._log = upstream, blobs, log
+        self._settings = settings
+        self.port = 0
+        self.counts = collections.Counter()  # type: Dict[str, int]
+
+    def serve(self, door: Doorway, ended: threading.Event) -> None:
+        """Serve until it is `ended`."""
+        self.port = door.address[1]
+        if urlsplit(self.registry).netloc in ("%s:%d" % (host, self.port) for host in ("127.0.0.1", "localhost", door.address[0])):
+            raise BadSetting("--registry %s leads back to this daemon" % self.registry, 10)
+        door.start()
+        self._log.info("daemon %s on %s, mirror of %s", VERSION, join_host(door.address[0], self.port), self.registry)
+        print("dfdaemon listening on %s for %s" % (join_host(door.address[0], self.port), self.registry), flush=True)
+        while not ended.wait(0.5):  # a signal that comes just before the wait would else be seen after it
+            self._blobs.tick()
+        door.stop()
+        self._blobs.close()
+        self._upstream.close()
+        self._log.info("daemon ends")
+
+    def handle(self, caller: Caller) -> None:
+        """Serve one request.  Raises DflyError, which is answered if nothing has been sent yet."""
+        request = caller.request
+        if request.method == "CONNECT":
+            self._tunnel(caller)
+        elif request.target.startswith("/"):
+            self._mirror(caller, request.target)
+        elif re.match(r"^https?://[^/?#]+", request.target, re.I):
+            self._proxy(caller)
+        else:
+            raise BadRequest("neither a path nor an http URL: %.200r" % request.target)
+
+    # -- what is asked ------------------------------------------------------------
+
+    def _mirror(self, caller: Caller, target: str) -> None:
+        """A path: it is the registry's.  Wire: 11.1"""
+        url = self.registry + re.sub(r"(?<=[?&])ns=[^&]*&?", "", target).rstrip("?&")  # containerd says whose mirror it takes us for
+        blob = _BLOB.match(url.partition("?")[0])
+        swarm = blob or any(pattern.search(url) for pattern in self._selected)
+        if not (swarm and self._by_swarm(caller, url, blob.group(1) if blob else "")):
+            self._relay(caller, url, own=True)
+
+    def _proxy(self, caller: Caller) -> None:
+        """A whole URL: the first rule that matches decides.  Wire: 11.1"""
+        url = caller.request.target
+        host, port = split_host(urlsplit(url).netloc.rpartition("@")[2], 80)
+        if port == self.port and host in ("127.0.0.1", "localhost", "::1", caller.request.server):
+            parts = urlsplit(url)
+            return self._mirror(caller, (parts.path or "/") + ("?" + parts.query if parts.query else ""))
+        rule = next((rule for rule in self._rules if rule.pattern.search(url)), None)
+        if rule:
+            url = rule.apply(url)
+            blob = _BLOB.match(url.partition("?")[0])
+            if not rule.direct and self._by_swarm(caller, url, blob.group(1) if blob else ""):
+                return None
+        return self._relay(caller, url, own=False)
+
+    # -- by the swarm ---------------------------------------------------------------
+
+    def _by_swarm(self, caller: Caller, url: str, digest: str) -> bool:
+        """Serve a GET from the swarm; return False, with nothing sent, where it had better go to the origin."""
+        headers = caller.request.headers
+        ranged = headers.get("range", "")
+        if caller.request.method != "GET" or caller.has_body or any(name.startswith("if-") for name in headers):
+            return False
+        if ranged and not (digest and _OPEN_RANGE.match(ranged)):
+            return False  # a look inside: not worth the whole file
+        passed = [pair for pair in self._forwarded(headers) if pair[0] not in _OURS]
+        credentials = Origin(url, passed).credentials()
+        blob = self._blobs.join(url, digest, passed, credentials)
+        if not blob:
+            self.counts["fallbacks"] += 1
+            return False
+        try:
+            if not self._proven(blob, passed, credentials):
+                return False
+            self._send_blob(caller, blob)
+        except DflyError as error:
+            if caller.started or caller.gone():
+                raise
+            self.counts["fallbacks"] += 1
+            self._log.warn("%s: %s; straight from its origin", url, error)
+            return False
+        finally:
+            self._blobs.leave(blob)
+        return True
+
+    def _proven(self, blob: Blob, headers: List[Tuple[str, str]], credentials: str) -> bool:
+        """Return whether the origin would give the blob to this client too: what is here came on another one's credentials.
+
+        Wire: 16 (2)
+        """
+        if blob.proven.get(credentials, 0.0) < time.monotonic():
+            connection, answer = self._upstream.ask("HEAD", blob.url, headers)
+            self._upstream.done(blob.url, connection, answer)
+            if answer.status in (401, 403, 404, 407):
+                return False
+            blob.proven[credentials] = time.monotonic() + PROVEN_S
+        return True
+
+    def _send_blob(self, caller: Caller, blob: Blob) -> None:
+        """Send a blob as it comes.  Raises what keeps it from coming."""
+        length = blob.length(caller.gone)
+        start, end = caller.request.range(length) or (0, length)
+        limit = blob.sendable(start, caller.gone)
+        self._blob_head(caller, blob, start, end, length)
+        at = start
+        while at < end:
+            limit = min(limit, end)
+            caller.send_file(blob.fd, at, limit)
+            self.counts["blob_bytes"] += limit - at
+            at = limit
+            if at < end:
+                limit = blob.sendable(at, caller.gone)
+
+    def _blob_head(self, caller: Caller, blob: Blob, start: int, end: int, length: int) -> None:
+        headers = [("Content-Type", "application/octet-stream"), ("Accept-Ranges", "bytes")]
+        if blob.digest:
+            headers += [("Docker-Content-Digest", "sha256:" + blob.digest), ("ETag", '"sha256:%s"' % blob.digest)]
+        else:
+            headers += [pair for pair in zip(("ETag", "Last-Modified"), version_parts(blob.version)) if pair[1]]
+        if end - start < length or start:
+            headers.append(("Content-Range", "bytes %d-%d/%d" % (start, end - 1, length)))
+        self.counts["blobs"] += 1
+        caller.answer(206 if end - start < length else 200, "", headers, end - start)
+
+    # -- straight ---------------------------------------------------------------------
+
+    @staticmethod
+    def _forwarded(headers: Dict[str, str]) -> List[Tuple[str, str]]:
+        """Return what of a request's headers concerns the far end."""
+        dropped = _HOP | {name.strip().lower() for name in headers.get("connection", "").split(",")}
+        return [(name, value) for name, value in headers.items() if name not in dropped]
+
+    def _relay(self, caller: Caller, url: str, own: bool) -> None:
+        """Pass a request to its origin and the answer back.  For the registry (`own`) follow where it sends us, since the
+        engine may be able to reach nobody else."""
+        self.counts["relayed"] += 1
+        headers = [pair for pair in self._forwarded(caller.request.headers) if pair[0] not in ("host", "content-length", "expect")]
+        method = caller.request.method
+        body = caller.body() if caller.has_body else None
+        for _ in range(6):
+            connection, answer = self._upstream.ask(method, url, headers, body, caller.length)
+            onward = answer.getheader("Location", "") if own and method in ("GET", "HEAD") and answer.status in (301, 302, 303, 307, 308) else ""
+            if not onward:
+                break
+            answer.read(65536)
+            self._upstream.done(url, connection, answer)
+            before, url, body = url, self._join(url, onward), None
+            if urlsplit(before).netloc != urlsplit(url).netloc:
+                headers = [pair for pair in headers if pair[0] not in ("authorization", "cookie")]
+        else:
+            raise BadGateway("%s redirects in a circle" % self.registry)
+        try:
+            self._pass_back(caller, url, answer, own)
+        finally:
+            self._upstream.done(url, connection, answer)
+
+    @staticmethod
+    def _join(url: str, onward: str) -> str:
+        from urllib.parse import urljoin
+        following = urljoin(url, onward)
+        if not re.match(r"^https?://[^/?#]+", following, re.I):
+            raise BadGateway("%s redirects to what is no http URL: %.200r" % (url, onward))
+        return following
+
+    def _pass_back(self, caller: Caller, url: str, answer: Any, own: bool) -> None:
+        """Send an origin's answer to the client, as it comes."""
+        import http.client
+        head = caller.request.method == "HEAD"
+        length = answer.getheader("Content-Length", "") if head else "" if answer.length is None else str(answer.length)
+        dropped = _HOP | {name.strip().lower() for name in answer.getheader("Connection", "").split(",")} | {"content-length"}
+        headers = [pair for pair in answer.getheaders() if pair[0].lower() not in dropped]
+        if own:  # what leads back to the registry leads back to us
+            headers = [(name, value[len(self.registry):] if name.lower() == "location" and value.startswith(self.registry + "/") else value)
+                       for name, value in headers]
+        caller.answer(answer.status, answer.reason, headers, int(length) if _NUMBER.match(length) and answer.status not in (204, 304) else None)
+        buffer = memoryview(bytearray(65536))
+        try:
+            while not answer.isclosed():
+                data = answer.read1(65536) if answer.length is None else buffer[:answer.readinto(buffer)]
+                if len(data):
+                    caller.send(bytes(data) if answer.length is None else data)
+                elif answer.length:
+                    raise NetworkError("%s hung up with %d bytes to come" % (url, answer.length))
+        except (http.client.HTTPException, OSError, ValueError) as error:
+            raise BadGateway("%s: %s" % (url, error))
+        caller.end()
+
+    # -- tunnels ----------------------------------------------------------------------
+
+    def _tunnel(self, caller: Caller) -> None:
+        """CONNECT: pass bytes both ways until both have ended.  Wire: 11.1"""
+        try:
+            host, port = split_host(caller.request.target, 443)
+        except BadUsage as error:
+            raise BadRequest(str(error))
+        try:
+            far = connect(host, port, Upstream.CONNECT_S)
+        except NetworkError as error:
+            raise BadGateway(str(error))
+        self.counts["tunnels"] += 1
+        try:
+            caller.keep, caller.started = False, True
+            caller.line.sock.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            far.settimeout(CLIENT_S)
+            far.sendall(caller.line.rest())
+            self._splice(caller.line.sock, far)
+        except OSError as error:
+            self._log.debug("tunnel to %s: %s", caller.request.target, error)
+        finally:
+            far.close()
+
+    @staticmethod
+    def _splice(near: socket.socket, far: socket.socket) -> None:
+        """Pass on what either side sends, until both have ended or nothing has come for TUNNEL_S.  Raises OSError."""
+        import select
+        open_ends = {near: far, far: near}
+        while open_ends:
+            ready = select.select(list(open_ends), [], [], TUNNEL_S)[0]
+            if not ready:
+                return
+            for sock in ready:
+                data = sock.recv(65536)
+                if data:
+                    open_ends[sock].sendall(data)
+                else:
+                    open_ends.pop(sock).shutdown(socket.SHUT_WR)
+
+    # -- pages ---------------------------------------------------------------------------
+
+    def env(self, _request: Request) -> Response:
+        """GET /env: the settings.  Wire: 11.1"""
+        return Response.of_json(self._settings)
+
+    def args(self, _request: Request) -> Response:
+        """GET /args: the command line.  Wire: 11.1"""
+        return Response(200, "\n".join(sys.argv).encode("utf-8", "replace"), "text/plain")
+
+    def version(self, _request: Request) -> Response:
+        """GET /debug/version.  Wire: 11.1"""
+        return Response(200, VERSION.encode(), "text/plain")
+
+    def metrics(self, _request: Request) -> Response:
+        """GET /metrics: what has been done, in Prometheus' form."""
+        running, kept = self._blobs.counts()
+        lines = ["dfly_daemon_%s_total %d" % (name, self.counts[name]) for name in ("blobs", "blob_bytes", "fallbacks", "relayed", "tunnels")]
+        lines += ["dfly_daemon_downloads %d" % running, "dfly_daemon_kept_blobs %d" % kept]
+        return Response(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
+
+
+# ==============================================================================
 # 16. Command line
 #    Flags, the programs they start, and what a link's name means.
 # ==============================================================================
 
-USAGE = "dfly.py get | supernode | peer | demo | version   (--help after any of them)"
+USAGE = "dfly.py get | supernode | peer | daemon | demo | version   (--help after any of them)"
 
 
 def _flag(parser: Any, *names: str, **how: Any) -> None:
@@ -6422,6 +7415,132 @@ def run_supernode(arguments: List[str]) -> int:
     return 0
 
 
+def _exiting(status: int, parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return `parse`, with a complaint that makes dfdaemon end with `status`.  Wire: 11.4"""
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except DflyError as error:
+            raise BadSetting(str(error), status)
+    convert.__name__ = parse.__name__
+    return convert
+
+
+def daemon_parser(command: str) -> Any:
+    """Return the parser of `daemon`.  Wire: 11.3"""
+    parser = _parser(command, "Be the registry mirror and HTTP proxy of this host's container engines.")
+    _flag(parser, "--home", "--workhome", "--workHome", metavar="FOLDER", default="~/.small-dragonfly", help="work folder (default ~/.small-dragonfly)")
+    _flag(parser, "--port", type=_exiting(14, _port), default=DAEMON_PORT, metavar="PORT", help="to listen on (65001; 0: any)")
+    _flag(parser, "--hostip", "--hostIp", default="127.0.0.1", metavar="IP", help="address to listen on (127.0.0.1)")
+    _flag(parser, "--registry", default="https://index.docker.io", metavar="URL", help="whose mirror this is (https://index.docker.io)")
+    _flag(parser, "-n", "--node", dest="nodes", type=parse_nodes, default="127.0.0.1:8002", metavar="HOST[:PORT][=WEIGHT],…", help="supernodes")
+    _flag(parser, "--proxy", action="append", default=[], metavar="'REGEX [direct] [use_https] [redirect=HOST]'",
+          help="rule for what is proxied; may be repeated, the first that matches counts, without one it goes straight")
+    _flag(parser, "--rule", type=_csv, default=[], metavar="REGEX,…", help="what else of the registry comes by the swarm, besides blobs")
+    _flag(parser, "--urlfilter", default="Signature&Expires&OSSAccessKeyId", metavar="a&b", help="query parameters that do not matter to which file it is")
+    _flag(parser, "--localrepo", type=_exiting(12, _absolute), default="", metavar="FOLDER", help="where blobs lie meanwhile (HOME/dfdaemon/data)")
+    _flag(parser, "--expiretime", type=parse_duration, default=180.0, help="how long a blob is kept, and served to peers, after its last use (3m)")
+    _flag(parser, "--ratelimit", type=_exiting(13, parse_size), default=0, metavar="RATE", help="limit of all downloads and of all uploads (none)")
+    _flag(parser, "--insecure", action="store_true", help="take any certificate of the registry")
+    _flag(parser, "--cacerts", type=_csv, default=[], metavar="FILE,…", help="more certificate authorities for the registry")
+    _flag(parser, "--ip", "--localip", "--localIP", default="", metavar="IP", help="address that other peers shall use for this host")
+    _flag(parser, "--peerport", "--peerPort", type=_exiting(14, _port), default=0, metavar="PORT", help="of this host's uploader (15000 and up)")
+    _flag(parser, "--location", default="", metavar="SITE/RACK", help="where this host is (default: read from its address)")
+    _flag(parser, "--callsystem", default="", metavar="NAME", help="who is calling, for the logs")
+    _flag(parser, "--notbs", action="store_true", help="downloads never go back to source (a blob that fails is then asked of the registry as a whole)")
+    _flag(parser, "--verbose", action="store_true", help="keep debug lines in the log")
+    for name in ("--dfpath", "--maxprocs", "--certpem", "--keypem"):
+        _flag(parser, name, default="", metavar="X", help="not used" if "pem" in name else "accepted for compatibility")
+    _flag(parser, "--streammode", "--streamMode", action="store_true", help="accepted for compatibility: it always streams")
+    _flag(parser, "-v", "--version", action="store_true", help="print the version")
+    return parser
+
+
+def _absolute(text: str) -> str:
+    if text and not os.path.isabs(text):
+        raise BadUsage("not an absolute path: %r" % text)
+    return text
+
+
+def _go_flags(arguments: List[str]) -> List[str]:
+    """Return the arguments as we read them: Go takes `-port 1` for `--port 1`, and `--verbose=true` for `--verbose`."""
+    arguments = [re.sub(r"^-(?=[A-Za-z]{2})", "--", text) for text in arguments]
+    return [re.sub(r"=true$", "", text) for text in arguments if not re.match(r"^--\w+=false$", text)]
+
+
+def _daemon_options(options: Any) -> Callable[[str], Any]:
+    """Return what makes the flags of `get` for a URL that the daemon downloads.  Wire: 11.2"""
+    import copy
+    template = _parse(get_parser("dfly.py daemon"), "get", ["--config", options.config] if options.config else [])
+    template.home, template.nodes, template.ip, template.location = options.home, options.nodes, options.ip, options.location or template.location
+    template.port, template.expiretime = options.peerport, options.expiretime
+    template.locallimit = template.totallimit = options.ratelimit
+    template.filter, template.callsystem, template.notbs, template.dfdaemon = options.urlfilter, options.callsystem, options.notbs, True
+    template.verbose, template.console, template.showbar = options.verbose, False, False
+    own = urlsplit(options.registry).netloc
+
+    def options_for(url: str) -> Any:
+        made = copy.copy(template)
+        made.url = url
+        made.insecure, made.cacerts = (options.insecure, options.cacerts) if urlsplit(url).netloc == own else (False, [])
+        return made
+
+    return options_for
+
+
+def _daemon_folders(options: Any) -> FileLock:
+    """Make the daemon's folders; return the lock that it must hold.  Raises BadSetting."""
+    _exiting(11, make_folder)(options.home)
+    options.localrepo = options.localrepo or os.path.join(options.home, "dfdaemon", "data")
+    _exiting(16, make_folder)(options.localrepo)
+    lock = FileLock(os.path.join(options.localrepo, "dfdaemon.lock"))
+    if not _exiting(16, lambda _: lock.acquire(2.0))(""):
+        raise BadSetting("%s: another daemon uses this folder" % options.localrepo, 16)
+    return lock
+
+
+def _not_through_us(hosts: Tuple[str, ...], port: int) -> None:
+    """Don't use ourselves as the proxy on the way to an origin, if the environment says so."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        where = urlsplit(os.environ[name])
+        if where.hostname in hosts and where.port == port:
+            del os.environ[name]
+
+
+def run_daemon(arguments: List[str], old: bool) -> int:
+    """`daemon` and `dfdaemon`: serve until a signal comes.  Wire: 11"""
+    options = _parse(daemon_parser("dfdaemon" if old else "dfly.py daemon"), "daemon", _go_flags(arguments))
+    if options.version or arguments[:1] == ["version"]:
+        print("dfdaemon version:%s" % VERSION)
+        return 0
+    if not re.match(r"^https?://[^/\s]+", options.registry, re.I):
+        raise BadSetting("not an http(s) URL: --registry %r" % options.registry, 10)
+    if options.certpem or options.keypem:
+        raise BadSetting("--certpem, --keypem: this daemon speaks plain HTTP to its own host's engines only", 10)
+    rules = [Rule.parse(text) for text in options.proxy]
+    selected = [Rule.parse(text).pattern for text in options.rule]
+    upstream = Upstream(options.registry, options.insecure, options.cacerts)
+    options_for = _daemon_options(options)
+    lock = _daemon_folders(options)
+    log = Log(os.path.join(options.home, "logs", "dfdaemon.log"), str(os.getpid()), options.verbose)
+    sock = _exiting(14, lambda host: listen(host, options.port))(options.hostip)
+    companion = Companion(options.home, ["--port", str(options.peerport), "--expiretime", "%g" % options.expiretime,
+                                         "--totallimit", str(options.ratelimit)])
+    settings = {name: value for name, value in vars(options).items() if isinstance(value, (str, int, float, list)) and name != "nodes"}
+    daemon = Daemon(options.registry, rules, selected, upstream, Blobs(options.localrepo, log, options_for, options.expiretime, companion.port), log,
+                    dict(settings, nodes=[str(node) for node in options.nodes]))
+    door = Doorway(sock, daemon, log)
+    _not_through_us((options.hostip, "127.0.0.1", "localhost"), door.address[1])
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    daemon.serve(door, ended)
+    companion.close()
+    lock.release()
+    log.close()
+    return 0
+
+
 class _DemoOrigin:
     """The demo's origin: one file, whole or a range of it."""
 
@@ -6584,8 +7703,8 @@ def run_version(_arguments: List[str]) -> int:
     return 0
 
 
-COMMANDS = {"get": lambda arguments: run_get(arguments, old=False), "supernode": run_supernode, "peer": run_peer, "demo": run_demo,
-            "version": run_version}  # type: Dict[str, Callable[[List[str]], int]]
+COMMANDS = {"get": lambda arguments: run_get(arguments, old=False), "supernode": run_supernode, "peer": run_peer,
+            "daemon": lambda arguments: run_daemon(arguments, old=False), "demo": run_demo, "version": run_version}  # type: Dict[str, Callable[[List[str]], int]]
 
 
 def run_dfget(arguments: List[str]) -> int:
@@ -6605,7 +7724,7 @@ def _chosen(program: str, arguments: List[str]) -> Tuple[str, Callable[[], int]]
     if program == "supernode":
         return program, lambda: run_supernode(arguments)
     if program == "dfdaemon":
-        raise BadUsage("the proxy for container engines is not part of this version yet; `dfget` and `supernode` are")
+        return program, lambda: run_peer(arguments[1:]) if arguments[:1] == ["peer"] else run_daemon(arguments, old=True)
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help", "help"):
         print(__doc__.split("The map:")[0].rstrip() if __doc__ else USAGE)
@@ -6626,6 +7745,8 @@ def main(argv: List[str]) -> int:
         return act()
     except DflyError as error:
         sys.stderr.write("%s: %s\n" % (program, " ".join(str(error).split())))
+        if program == "dfdaemon":
+            return getattr(error, "daemon_exit", 10)
         return error.old_exit if old else error.exit
     except BrokenPipeError:  # whoever read our lines has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
