@@ -1117,11 +1117,11 @@ class Server:
                 raise BadRequest("not a request: %.80r" % line)
             tokens = headers.get("connection", "").lower()
             link.keep = "close" not in tokens if match.group(3) == "1" else "keep-alive" in tokens
-            self._begin(link, match.group(1), match.group(2), headers, end + 4)
+            self._begin(link, match, headers, end + 4)
         except BadRequest as error:
             self._refuse(link, error.http, str(error))
 
-    def _begin(self, link: _Link, method: str, target: str, headers: Dict[str, str], begin: int) -> None:
+    def _begin(self, link: _Link, line: Any, headers: Dict[str, str], begin: int) -> None:
         """Take the body that begins at `begin`, if it is all there, and run the request.  Raises BadRequest."""
         length = self._body_length(headers)
         if length > MAX_BODY:
@@ -1134,7 +1134,7 @@ class Server:
             return None
         body = bytes(link.input[begin:begin + length])
         del link.input[:begin + length]
-        link.request = Request(method, target, headers, body, link.client, link.server)
+        link.request = Request(line.group(1), line.group(2), headers, body, link.client, link.server)
         return self._route(link)
 
     @staticmethod
@@ -2187,6 +2187,147 @@ class Md5Follower:
         if not self._stopping:
             self.digest = self._md5.hexdigest()
             self._on_done()
+
+
+class ReadAlong:
+    """A file that others read from its beginning while it grows, its end only when its digest is right.  One thread writes the
+    store, one runs `digest_along`, any number wait in `sendable`.  _changed guards everything with an underscore."""
+
+    PROGRESS_S = 60.0  # without a byte more, before those that wait are sent elsewhere
+    HELD = 1 << 20  # bytes of the end that wait for the digest; a smaller file does as a whole
+
+    def __init__(self, name: str, digest: str) -> None:
+        self.name, self.digest = name, digest  # SHA-256 of the file; "": whatever comes is right
+        self._changed = threading.Condition()
+        self._store = None  # type: Optional[TaskFile]
+        self._spans = []  # type: List[FileSpan]  # descriptors of the stores so far; the last one is in use
+        self._passed = 0  # bytes that are here without a gap, and digested
+        self._length = None  # type: Optional[int]
+        self._right = False  # all is here, and has the digest
+        self._error = None  # type: Optional[DflyError]
+        self._news = False  # there may be new pieces
+
+    # -- who writes -----------------------------------------------------------
+
+    def follow(self, store: TaskFile) -> None:
+        """Take what `store` gains from now on.  Raises NoSuchPiece."""
+        with self._changed:
+            if store is self._store:
+                return
+            if self._passed:
+                self._error = self._error or SourceChanged("%s: the origin has another file now" % self.name)
+            self._spans += [span for span in store.plain_body(0, 1) if isinstance(span, FileSpan)]
+            self._store, self._passed, self._length = store, 0, None
+            self._changed.notify_all()
+
+    def nudge(self) -> None:
+        """There may be new pieces."""
+        with self._changed:
+            self._news = True
+            self._changed.notify_all()
+
+    def fail(self, error: DflyError) -> None:
+        """There will be no more."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def digest_along(self) -> None:
+        """Digest the file in its order while it grows, until it ends or the download has failed: what has passed here may be sent."""
+        store, at, digest = None, 0, hashlib.sha256()
+        while not self.over:
+            if self._store is not store:
+                store, at, digest = self._store, 0, hashlib.sha256()
+            self._news = False
+            data = self._next(store, at)
+            if self.digest:
+                digest.update(data)
+            at += len(data)
+            with self._changed:
+                if store is self._store and store:
+                    self._passed, self._length = at, store.layout.length
+                    if at == self._length and not self._error:
+                        self._judge_locked(digest.hexdigest())
+                self._changed.notify_all()
+                if not (data or self._right or self._news):
+                    self._changed.wait(0.1)  # whoever fills it from the origin does not nudge
+
+    def _next(self, store: Optional[TaskFile], at: int) -> bytes:
+        """Return the next bytes of the file, b"" while they are not here."""
+        num = at // store.layout.stride if store else 0
+        if not store or not store.have >> num & 1:
+            return b""
+        try:
+            offset, length = store.layout.content_range(num)
+            return os.pread(self._spans[-1].fd, min(offset + length - at, 1 << 18), at)
+        except NoSuchPiece:
+            return b""
+        except OSError as error:
+            self.fail(CannotRead("%s: %s" % (self.name, error.strerror)))
+            return b""
+
+    def _judge_locked(self, digest: str) -> None:
+        if self.digest and digest != self.digest:
+            self._error = WrongBytes(self.name, self.digest, digest)
+        self._right = not self._error
+
+    @property
+    def over(self) -> bool:
+        """Whether all that can come has come."""
+        return self._right or self._error is not None
+
+    @property
+    def error(self) -> Optional[DflyError]:
+        """Why there is no more of it."""
+        return None if self._right else self._error
+
+    # -- who reads ------------------------------------------------------------
+
+    def length(self, gone: Callable[[], bool]) -> int:
+        """Wait until something of it may be sent, and return its length in bytes.  Raises as `sendable`."""
+        self.sendable(0, gone)
+        with self._changed:
+            assert self._length is not None
+            return self._length
+
+    def sendable(self, at: int, gone: Callable[[], bool]) -> int:
+        """Wait until bytes from `at` on may be sent; return up to which.  Raises what the download has ended with, Stalled,
+        NetworkError when the client is `gone`."""
+        passed, deadline = -1, 0.0
+        while True:
+            with self._changed:
+                limit = self._limit_locked()
+                if self._length is not None and (limit > at or self._right):
+                    return limit
+                if self._error:
+                    raise self._error
+                if self._passed != passed:
+                    passed, deadline = self._passed, time.monotonic() + self.PROGRESS_S
+                self._changed.wait(1.0)
+            if gone():
+                raise NetworkError("the client has hung up")
+            if time.monotonic() > deadline:
+                raise Stalled("%s: not a byte within %g s" % (self.name, self.PROGRESS_S))
+
+    def _limit_locked(self) -> int:
+        if self._right or not self.digest:
+            return self._passed
+        return max(0, min(self._passed, (self._length or 0) - self.HELD))
+
+    @property
+    def fd(self) -> int:
+        """The descriptor to send from."""
+        return self._spans[-1].fd
+
+    @property
+    def version(self) -> str:
+        """What the origin says of the file's version."""
+        return self._store.about.get("version", "") if self._store else ""
+
+    def close(self) -> None:
+        """Give the descriptors back; when nobody reads or writes any more."""
+        for span in self._spans:
+            span.close()
 
 
 # ==============================================================================
@@ -5159,6 +5300,51 @@ def _fork_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: floa
     return None
 
 
+class Companion:
+    """The uploader of a home as a process with threads has it: whichever there is, else a child, which ends with us.  _lock
+    guards _child.  A new program, not a fork as in `start_uploader`: a fork of a process with threads may stop for ever."""
+
+    def __init__(self, home: str, arguments: List[str]) -> None:
+        self._home, self._arguments = home, arguments
+        self._lock = threading.Lock()
+        self._child = None  # type: Any
+
+    def port(self) -> int:
+        """Return the uploader's port, starting one if there is none; 0 when that fails."""
+        line = UploaderLine(self._home)
+        with self._lock:
+            answer = line.call("GET", "/ping")
+            if not answer:
+                self._start()
+                answer = line.call("GET", "/ping")
+        return answer["port"] if answer and answer.get("version") == VERSION else 0
+
+    def _start(self) -> None:
+        import select
+        import subprocess
+        self._end()
+        self._child = subprocess.Popen([sys.executable, os.path.realpath(__file__), "peer", "--home", self._home] + self._arguments,
+                                       stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        if select.select([self._child.stdout], [], [], CONTROL_S)[0]:  # it says its port, or ends
+            os.read(self._child.stdout.fileno(), 4096)
+
+    def _end(self, limit_s: float = 0.5) -> None:
+        import subprocess
+        if self._child:
+            self._child.terminate()
+            self._child.stdout.close()
+            try:
+                self._child.wait(limit_s)
+            except subprocess.TimeoutExpired:  # it says good-bye to a supernode that does not answer
+                self._child.returncode = 0
+            self._child = None
+
+    def close(self) -> None:
+        """End our child."""
+        with self._lock:
+            self._end()
+
+
 # ==============================================================================
 # 13. Downloader
 #    `get`: from a supernode and its peers, piece by piece, or back to source; resume,
@@ -6336,18 +6522,16 @@ class Download:
 DAEMON_PORT = 65001
 CLIENT_S = 60.0  # without a client taking, or sending, a byte
 TUNNEL_S = 600.0  # without a byte through a tunnel, either way
-PROGRESS_S = 60.0  # without a byte more of a blob, before its clients are sent elsewhere
 ABANDON_S = 30.0  # how long a download goes on that nobody waits for
 PROVEN_S = 300.0  # how long credentials that the registry has taken for a blob are good for it
 LEFTOVER_S = 3600.0  # how long half a blob may wait for another request.  Wire: 11.4
-HELD = 1 << 20  # bytes of a blob's end that are sent only when its digest is right; smaller ones as a whole
 
 #: What belongs to one connection and not to the request on it (RFC 7230, 6.1).
 _HOP = frozenset("connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade".split())
 #: What a download must not show the origin in addition: it asks for the whole file, as it is.  Wire: 11.2
 _OURS = frozenset("host range accept-encoding content-length expect".split())
 _BLOB = re.compile(r"^.+/blobs/sha256:([0-9a-f]{64})$")
-_OPEN_RANGE = re.compile(r"^bytes=\d{1,18}-$")
+_OPEN_RANGE = re.compile(r"^bytes=(\d{1,18})-$")
 _PUBLISHED = re.compile(r"^[0-9a-f]{64}$")
 
 
@@ -6389,8 +6573,9 @@ class Rule(NamedTuple):
 class Caller:
     """A client whose request a thread has in hand: what it asks, its body as far as unread, and the way back to it."""
 
-    def __init__(self, link: _Link, request: Request, ahead: bytes) -> None:
+    def __init__(self, link: _Link, request: Request, modern: bool, ahead: bytes) -> None:
         self.request = request
+        self._modern = modern  # it knows chunks
         self.keep = link.keep  # another request may follow
         self.line = HttpLink(request.client, 0, CLIENT_S, sock=link.sock, ahead=ahead)
         self.chunked = "chunked" in request.headers.get("transfer-encoding", "").lower()
@@ -6431,12 +6616,14 @@ class Caller:
         """Send an answer's head; its body of `length` bytes (None: as many as come) follows by `send`.  Raises NetworkError."""
         bodiless = self.request.method == "HEAD" or status in (204, 304)
         lines = ["HTTP/1.1 %d %s" % (status, reason or PHRASES.get(status, ""))] + ["%s: %s" % pair for pair in headers]
-        if not bodiless and length is None:
+        self.keep = self.keep and not self.unread
+        if length is not None:
+            lines.append("Content-Length: %d" % length)
+        elif not bodiless and self._modern:
             self._chunks = True
             lines.append("Transfer-Encoding: chunked")
-        elif length is not None:
-            lines.append("Content-Length: %d" % length)
-        self.keep = self.keep and not self.unread
+        else:
+            self.keep = self.keep and bodiless
         if not self.keep:
             lines.append("Connection: close")
         self.started = True
@@ -6500,12 +6687,14 @@ class Doorway(Server):
         super().__init__(sock, application.ROUTES, application, log, "daemon")
         self._handed = {}  # type: Dict[_Link, threading.Thread]
 
-    def _begin(self, link: _Link, method: str, target: str, headers: Dict[str, str], begin: int) -> None:
+    def _begin(self, link: _Link, line: Any, headers: Dict[str, str], begin: int) -> None:
+        method, target, version = line.groups()
         if (method, target.partition("?")[0]) in self._routes:
-            return super()._begin(link, method, target, headers, begin)
+            return super()._begin(link, line, headers, begin)
         if len(self._handed) >= self.MOST:
             return self._refuse(link, 503, "%d requests are under way already" % self.MOST)
-        caller = Caller(link, Request(method, target, headers, b"", link.client, link.server), bytes(link.input[begin:]))
+        request = Request(method, target, headers, b"", link.client, link.server)
+        caller = Caller(link, request, version != "0", bytes(link.input[begin:]))
         del link.input[:]
         self._watch(link, 0)
         link.state = _Link.WORKING
@@ -6565,144 +6754,21 @@ class Doorway(Server):
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
-class Blob:
-    """A file on its way from the swarm: one download, and the clients that read along.  _changed guards everything with an underscore."""
+class Blob(ReadAlong):
+    """A file on its way from the swarm: one download, and the clients that read along.  Its Blobs guards what it has of its own."""
 
     def __init__(self, url: str, digest: str, path: str) -> None:
-        self.url, self.digest, self.path = url, digest, path  # digest "": whatever comes is right
-        self.users = 0  # clients; this and the next two belong to the Blobs
+        super().__init__(url, digest)
+        self.url, self.path = url, path
+        self.users = 0  # clients
         self.used_at = time.monotonic()
         self.proven = {}  # type: Dict[str, float]  # fingerprints of credentials, and until when they are good
         self.unwanted = False  # nobody waits for it: the download shall end
         self.ended = False  # its threads have
-        self._changed = threading.Condition()
-        self._store = None  # type: Optional[TaskFile]
-        self._spans = []  # type: List[FileSpan]  # descriptors of the stores so far; the last one is in use
-        self._passed = 0  # bytes that are here without a gap, and digested
-        self._length = None  # type: Optional[int]
-        self._right = False  # all is here, and has the digest
-        self._error = None  # type: Optional[DflyError]
-
-    # -- the download's side ----------------------------------------------------
-
-    def follow(self, store: TaskFile) -> None:
-        """Take what `store` gains from now on.  Raises NoSuchPiece."""
-        with self._changed:
-            if store is self._store:
-                return
-            if self._passed:
-                self._error = self._error or SourceChanged("%s: the origin has another file now" % self.url)
-            self._spans += [span for span in store.plain_body(0, 1) if isinstance(span, FileSpan)]
-            self._store, self._passed, self._length = store, 0, None
-            self._changed.notify_all()
-
-    def nudge(self) -> None:
-        """There may be new pieces."""
-        with self._changed:
-            self._changed.notify_all()
-
-    def fail(self, error: DflyError) -> None:
-        """There will be no more."""
-        with self._changed:
-            self._error = self._error or error
-            self._changed.notify_all()
-
-    def digest_along(self) -> None:
-        """Digest the file in its order while it grows, until it ends or the download has failed: what has passed here may be sent."""
-        store, at, digest = None, 0, hashlib.sha256()
-        while not self.over:
-            if self._store is not store:
-                store, at, digest = self._store, 0, hashlib.sha256()
-            data = self._next(store, at)
-            if data:
-                if self.digest:
-                    digest.update(data)
-                at += len(data)
-            with self._changed:
-                if store is self._store and store:
-                    self._passed, self._length = at, store.layout.length
-                    if at == self._length and not self._error:
-                        self._judge_locked(digest.hexdigest())
-                self._changed.notify_all()
-                if not data and not self._right:
-                    self._changed.wait(0.1)
-
-    def _next(self, store: Optional[TaskFile], at: int) -> bytes:
-        """Return the next bytes of the file, b"" while they are not here."""
-        num = at // store.layout.stride if store else 0
-        if not store or not store.have >> num & 1:
-            return b""
-        try:
-            offset, length = store.layout.content_range(num)
-            return os.pread(self._spans[-1].fd, min(offset + length - at, CHUNK), at)
-        except NoSuchPiece:
-            return b""
-        except OSError as error:
-            self.fail(CannotRead("%s: %s" % (self.path, error.strerror)))
-            return b""
-
-    def _judge_locked(self, digest: str) -> None:
-        if self.digest and digest != self.digest:
-            self._error = WrongBytes(self.url, self.digest, digest)
-        self._right = not self._error
-
-    @property
-    def over(self) -> bool:
-        """Whether all that can come has come."""
-        return self._right or self._error is not None
-
-    @property
-    def error(self) -> Optional[DflyError]:
-        """Why there is no more of it."""
-        return None if self._right else self._error
-
-    # -- a client's side ----------------------------------------------------------
-
-    def length(self, gone: Callable[[], bool]) -> int:
-        """Wait until something of it may be sent, and return its length in bytes.  Raises as `sendable`."""
-        self.sendable(0, gone)
-        with self._changed:
-            assert self._length is not None
-            return self._length
-
-    def sendable(self, at: int, gone: Callable[[], bool]) -> int:
-        """Wait until bytes from `at` on may be sent; return up to which.  Raises what the download has ended with, Stalled,
-        NetworkError when the client is `gone`."""
-        passed, deadline = -1, 0.0
-        while True:
-            with self._changed:
-                limit = self._limit_locked()
-                if self._length is not None and (limit > at or self._right):
-                    return limit
-                if self._error:
-                    raise self._error
-                if self._passed != passed:
-                    passed, deadline = self._passed, time.monotonic() + PROGRESS_S
-                self._changed.wait(1.0)
-            if gone():
-                raise NetworkError("the client has hung up")
-            if time.monotonic() > deadline:
-                raise Stalled("%s: not a byte within %g s" % (self.url, PROGRESS_S))
-
-    def _limit_locked(self) -> int:
-        if self._right or not self.digest:
-            return self._passed
-        return max(0, min(self._passed, (self._length or 0) - HELD))
-
-    @property
-    def fd(self) -> int:
-        """The descriptor to send from."""
-        return self._spans[-1].fd
-
-    @property
-    def version(self) -> str:
-        """What the origin says of the file's version."""
-        return self._store.about.get("version", "") if self._store else ""
 
     def close(self) -> None:
-        """Give the descriptors back, and the file's place on the disk."""
-        for span in self._spans:
-            span.close()
+        """Give back its place on the disk."""
+        super().close()
         remove(self.path)
 
 
@@ -6735,55 +6801,8 @@ class BlobDownload(Download):
         return self._blob.unwanted or super()._late()
 
     def _still_wanted(self) -> None:
-        if self._blob.unwanted:
+        if self._blob.unwanted or self._blob.error:
             raise Stalled("nobody waits for it any more")
-
-
-class Companion:
-    """The uploader of the daemon's home: whichever there is, else a child of ours.  _lock guards _child.
-
-    A new program, not the fork that `get` makes: this process has threads.
-    """
-
-    def __init__(self, home: str, arguments: List[str]) -> None:
-        self._home, self._arguments = home, arguments
-        self._lock = threading.Lock()
-        self._child = None  # type: Any
-
-    def port(self) -> int:
-        """Return the uploader's port, starting one if there is none; 0 when that fails."""
-        line = UploaderLine(self._home)
-        with self._lock:
-            answer = line.call("GET", "/ping")
-            if not answer:
-                self._start()
-                answer = line.call("GET", "/ping")
-        return answer["port"] if answer and answer.get("version") == VERSION else 0
-
-    def _start(self) -> None:
-        import select
-        import subprocess
-        self._end()
-        self._child = subprocess.Popen([sys.executable, os.path.realpath(__file__), "peer", "--home", self._home] + self._arguments,
-                                       stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-        if select.select([self._child.stdout], [], [], CONTROL_S)[0]:  # it says its port, or ends
-            os.read(self._child.stdout.fileno(), 4096)
-
-    def _end(self, limit_s: float = 0.5) -> None:
-        import subprocess
-        if self._child:
-            self._child.terminate()
-            self._child.stdout.close()
-            try:
-                self._child.wait(limit_s)
-            except subprocess.TimeoutExpired:  # it says good-bye to a supernode that does not answer
-                self._child.returncode = 0
-            self._child = None
-
-    def close(self) -> None:
-        """End our child."""
-        with self._lock:
-            self._end()
 
 
 class Blobs:
@@ -6848,7 +6867,7 @@ class Blobs:
             options.output = blob.path
             options.header = options.header + ["%s: %s" % pair for pair in headers]
             BlobDownload(options, io.StringIO(), blob, self._uploader).run()
-            digester.join(PROGRESS_S)
+            digester.join(blob.PROGRESS_S)
             blob.fail(Stalled("%s: can't be read back" % blob.url))  # changes nothing when all of it was
         except FinalFailure as failure:
             blob.fail(failure.cause)
@@ -6868,7 +6887,8 @@ class Blobs:
         """After wrong bytes, or on a full disk, let the blob's next clients ask its origin."""
         seconds = 600.0 if isinstance(blob.error, WrongBytes) else 30.0 if isinstance(blob.error, (NoSpace, CannotWrite)) else 0.0
         with self._lock:
-            self._bad[blob.url] = time.monotonic() + seconds
+            if seconds:
+                self._bad[blob.url] = time.monotonic() + seconds
             for url in [url for url in self._blobs if isinstance(blob.error, NoSpace)]:
                 self._drop_locked(url)
 
@@ -6942,8 +6962,6 @@ class Daemon:
     def serve(self, door: Doorway, ended: threading.Event) -> None:
         """Serve until it is `ended`."""
         self.port = door.address[1]
-        if urlsplit(self.registry).netloc in ("%s:%d" % (host, self.port) for host in ("127.0.0.1", "localhost", door.address[0])):
-            raise BadSetting("--registry %s leads back to this daemon" % self.registry, 10)
         door.start()
         self._log.info("daemon %s on %s, mirror of %s", VERSION, join_host(door.address[0], self.port), self.registry)
         print("dfdaemon listening on %s for %s" % (join_host(door.address[0], self.port), self.registry), flush=True)
@@ -6957,14 +6975,17 @@ class Daemon:
     def handle(self, caller: Caller) -> None:
         """Serve one request.  Raises DflyError, which is answered if nothing has been sent yet."""
         request = caller.request
-        if request.method == "CONNECT":
-            self._tunnel(caller)
-        elif request.target.startswith("/"):
-            self._mirror(caller, request.target)
-        elif re.match(r"^https?://[^/?#]+", request.target, re.I):
-            self._proxy(caller)
-        else:
-            raise BadRequest("neither a path nor an http URL: %.200r" % request.target)
+        try:
+            if request.method == "CONNECT":
+                self._tunnel(caller)
+            elif request.target.startswith("/"):
+                self._mirror(caller, request.target)
+            elif re.match(r"^https?://[^/?#]+", request.target, re.I):
+                self._proxy(caller)
+            else:
+                raise BadRequest("neither a path nor an http URL: %.200r" % request.target)
+        except (BadUsage, ValueError) as error:  # a host, or a URL, that is none
+            raise BadRequest("%.200r: %s" % (request.target, error))
 
     # -- what is asked ------------------------------------------------------------
 
@@ -7028,6 +7049,7 @@ class Daemon:
         """
         if blob.proven.get(credentials, 0.0) < time.monotonic():
             connection, answer = self._upstream.ask("HEAD", blob.url, headers)
+            answer.read()
             self._upstream.done(blob.url, connection, answer)
             if answer.status in (401, 403, 404, 407):
                 return False
@@ -7037,28 +7059,28 @@ class Daemon:
     def _send_blob(self, caller: Caller, blob: Blob) -> None:
         """Send a blob as it comes.  Raises what keeps it from coming."""
         length = blob.length(caller.gone)
-        start, end = caller.request.range(length) or (0, length)
-        limit = blob.sendable(start, caller.gone)
-        self._blob_head(caller, blob, start, end, length)
-        at = start
-        while at < end:
-            limit = min(limit, end)
+        ranged = _OPEN_RANGE.match(caller.request.headers.get("range", ""))
+        at = int(ranged.group(1)) if ranged else 0
+        if ranged and at >= length:
+            raise NoSuchPiece("the file has %d bytes" % length)
+        limit = blob.sendable(at, caller.gone)
+        headers = [("Content-Range", "bytes %d-%d/%d" % (at, length - 1, length))] if ranged else []
+        caller.answer(206 if ranged else 200, "", headers + self._blob_headers(blob), length - at)
+        self.counts["blobs"] += 1
+        while at < length:
             caller.send_file(blob.fd, at, limit)
             self.counts["blob_bytes"] += limit - at
             at = limit
-            if at < end:
-                limit = blob.sendable(at, caller.gone)
+            limit = blob.sendable(at, caller.gone)
 
-    def _blob_head(self, caller: Caller, blob: Blob, start: int, end: int, length: int) -> None:
+    @staticmethod
+    def _blob_headers(blob: Blob) -> List[Tuple[str, str]]:
         headers = [("Content-Type", "application/octet-stream"), ("Accept-Ranges", "bytes")]
         if blob.digest:
             headers += [("Docker-Content-Digest", "sha256:" + blob.digest), ("ETag", '"sha256:%s"' % blob.digest)]
         else:
             headers += [pair for pair in zip(("ETag", "Last-Modified"), version_parts(blob.version)) if pair[1]]
-        if end - start < length or start:
-            headers.append(("Content-Range", "bytes %d-%d/%d" % (start, end - 1, length)))
-        self.counts["blobs"] += 1
-        caller.answer(206 if end - start < length else 200, "", headers, end - start)
+        return headers
 
     # -- straight ---------------------------------------------------------------------
 
@@ -7127,10 +7149,7 @@ class Daemon:
 
     def _tunnel(self, caller: Caller) -> None:
         """CONNECT: pass bytes both ways until both have ended.  Wire: 11.1"""
-        try:
-            host, port = split_host(caller.request.target, 443)
-        except BadUsage as error:
-            raise BadRequest(str(error))
+        host, port = split_host(caller.request.target, 443)
         try:
             far = connect(host, port, Upstream.CONNECT_S)
         except NetworkError as error:
@@ -7510,11 +7529,13 @@ def _not_through_us(hosts: Tuple[str, ...], port: int) -> None:
 def run_daemon(arguments: List[str], old: bool) -> int:
     """`daemon` and `dfdaemon`: serve until a signal comes.  Wire: 11"""
     options = _parse(daemon_parser("dfdaemon" if old else "dfly.py daemon"), "daemon", _go_flags(arguments))
-    if options.version or arguments[:1] == ["version"]:
+    if options.version:
         print("dfdaemon version:%s" % VERSION)
         return 0
     if not re.match(r"^https?://[^/\s]+", options.registry, re.I):
         raise BadSetting("not an http(s) URL: --registry %r" % options.registry, 10)
+    if urlsplit(options.registry).netloc in ["%s:%d" % (host, options.port) for host in ("127.0.0.1", "localhost", options.hostip)]:
+        raise BadSetting("--registry %s leads back to this daemon" % options.registry, 10)
     if options.certpem or options.keypem:
         raise BadSetting("--certpem, --keypem: this daemon speaks plain HTTP to its own host's engines only", 10)
     rules = [Rule.parse(text) for text in options.proxy]
@@ -7534,6 +7555,7 @@ def run_daemon(arguments: List[str], old: bool) -> int:
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
+    threading.Thread(target=companion.port, name="dfly-companion", daemon=True).start()  # the first blob would wait for it
     daemon.serve(door, ended)
     companion.close()
     lock.release()
@@ -7724,7 +7746,9 @@ def _chosen(program: str, arguments: List[str]) -> Tuple[str, Callable[[], int]]
     if program == "supernode":
         return program, lambda: run_supernode(arguments)
     if program == "dfdaemon":
-        return program, lambda: run_peer(arguments[1:]) if arguments[:1] == ["peer"] else run_daemon(arguments, old=True)
+        if arguments[:1] == ["peer"]:  # its own uploader, in a copy of the file that bears this name
+            return program, lambda: run_peer(arguments[1:])
+        return program, lambda: run_daemon(["--version"] if arguments[:1] == ["version"] else arguments, old=True)
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help", "help"):
         print(__doc__.split("The map:")[0].rstrip() if __doc__ else USAGE)

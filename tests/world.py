@@ -290,6 +290,28 @@ class Supernode(Command):
         return int(self.metrics()["dfly_piece_bytes_sent"])
 
 
+class Daemon(Command):
+    """A running `dfly.py daemon`, or one under another name, on a free port of 127.0.0.1."""
+
+    LISTENING = re.compile(r"^dfdaemon listening on (\S+):(\d+) for (\S+)\s*$", re.M)
+
+    def __init__(self, world: "World", label: str, argv: Sequence[str]) -> None:
+        super().__init__(world, label, argv)
+        wait_for(lambda: self.LISTENING.search(self.stdout) or not self.running(), 20, "the daemon's listening line")
+        match = self.LISTENING.search(self.stdout)
+        if not match:
+            raise AssertionError("the daemon did not start\n" + tail(self.output()))
+        self.address = ("127.0.0.1", int(match.group(2)))
+
+    def ask(self, path: str, method: str = "GET", headers: Optional[dict] = None, body: Any = None, timeout: float = 30.0) -> "Answer":
+        """One request; `path` may be a whole URL, as a proxy is asked."""
+        return ask(self.address, method, path, body, headers, timeout)
+
+    def metric(self, name: str) -> int:
+        """One number of GET /metrics."""
+        return int(re.search(r"^dfly_daemon_%s (\d+)$" % name, self.ask("/metrics").body.decode(), re.M).group(1))  # type: ignore[union-attr]
+
+
 class Host:
     """One machine: a home, an uploader, and the downloads that share them."""
 
@@ -316,6 +338,11 @@ class Host:
         if check is not None:
             good(result, check)
         return result
+
+    def daemon(self, registry: str, *flags: str, node: Optional[str] = None, ip: str = "127.0.0.1") -> Daemon:
+        """Start this machine's `dfly.py daemon` as the mirror of `registry`."""
+        return Daemon(self.world, "daemon-" + self.name, self.world.dfly(
+            "daemon", "--home", self.home, "--port", "0", "--registry", registry, "--node", node or self.world.node(), "--ip", ip, *flags))
 
     def uploader_pid(self) -> Optional[int]:
         """The pid of this home's running uploader, None when there is none."""
@@ -525,14 +552,11 @@ class World:
         complaints: List[str] = []
         try:
             for command in self.commands:
-                if not isinstance(command, Supernode):
+                if not isinstance(command, (Supernode, Daemon)):
                     command.kill()
+            self._stop_all([command for command in self.commands if isinstance(command, Daemon)], complaints)
             self._stop_uploaders(complaints)
-            for node in self.supernodes:
-                try:
-                    node.stop()
-                except AssertionError as error:
-                    complaints.append(str(error))
+            self._stop_all(self.supernodes, complaints)
             for origin in self.origins:
                 origin.close()
             complaints += self._left_behind()
@@ -542,6 +566,14 @@ class World:
             wait_for(lambda: not marked(self.mark), 10, "the end of all processes")
             shutil.rmtree(self.root, ignore_errors=True)
         return complaints
+
+    @staticmethod
+    def _stop_all(commands: Sequence[Command], complaints: List[str]) -> None:
+        for command in commands:
+            try:
+                command.stop()
+            except AssertionError as error:
+                complaints.append(str(error))
 
     def _stop_uploaders(self, complaints: List[str]) -> None:
         pids = [pid for pid in (host.uploader_pid() for host in self.hosts) if pid]
