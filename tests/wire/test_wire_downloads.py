@@ -1,5 +1,5 @@
 """Whole downloads of dfget 0.2.0 and 1.0.6 through our supernode, alone and in mixed swarms.  Wire: 14"""
-import threading
+import hashlib
 
 import hand as hands
 import old_dfget
@@ -71,7 +71,6 @@ def test_the_users_md5(supernode, old, origin, blob, kind):
     data = blob(MIB)
     url = origin.put("f.bin", data)
     node = supernode()
-    import hashlib
     old.get(kind, node, url, check=data, md5=hashlib.md5(data).hexdigest())
     result = old.get(kind, node, url, md5=hashlib.md5(b"other").hexdigest())
     assert result.reason in (1, 3), "back to source, never a SUCCESS without a file (fault 11)"
@@ -190,57 +189,36 @@ def test_a_cdn_pattern_client_is_never_a_source(supernode, old, origin, blob):
     assert two.client.failures == {} and not any(piece.cid == one.client.cid for piece in two.pieces)
 
 
+@pytest.fixture
+def underway(supernode, old, origin, blob):
+    """`underway(kind)`: an old client that knows two supernodes and has its first pieces from one; (running, that one, the other, data)."""
+    def begin(kind):
+        data = blob(4 * MIB)
+        url = origin.put("f.bin", data, rate=MIB)
+        nodes = [supernode(), supernode()]
+        running = old.start(kind, nodes, url, patience_s=40)
+        wait_for(lambda: len(running.client.pieces) >= 2, 20)
+        nodes.sort(key=lambda node: node.node != running.client.node)  # 0.2 shuffles them
+        return (running,) + tuple(nodes) + (data,)
+    return begin
+
+
 @BOTH
-def test_a_restarted_supernode_sends_its_clients_on(world, supernode, old, origin, blob, kind):
+def test_a_restarted_supernode_sends_its_clients_on(supernode, old, underway, kind):
     """Checklist 14 (17), fault 27"""
-    data = blob(4 * MIB)
-    url = origin.put("f.bin", data, rate=MIB)
-    first, other = supernode(), supernode()
-    client = old.client(kind, [first, other], url, patience_s=40)
-    if kind == "py":
-        client.nodes = [first.node, other.node] * 2
-    running = old_run(client)
-    wait_for(lambda: len(client.pieces) >= 2, 20)
+    running, first, other, data = underway(kind)
     home, ports = first.home, (first.port, first.cdn_port)
     first.kill()
     supernode(home=home, ports=ports)
-    result = old.good(running(), data)
+    result = old.good(running.result(), data)
     assert any(call.code == 502 for call in result.calls if call.kind == "pull") or result.client.node == other.node
 
 
 @BOTH
-def test_a_dead_supernode_is_left_for_the_next(supernode, old, origin, blob, kind):
-    data = blob(4 * MIB)
-    url = origin.put("f.bin", data, rate=MIB)
-    first, other = supernode(), supernode()
-    client = old.client(kind, [first, other], url, patience_s=40)
-    if kind == "py":
-        client.nodes = [first.node, other.node] * 2
-    running = old_run(client)
-    wait_for(lambda: len(client.pieces) >= 2, 20)
+def test_a_dead_supernode_is_left_for_the_next(old, underway, kind):
+    running, first, other, data = underway(kind)
     first.kill()
-    result = old.good(running(), data)
-    assert result.client.node == other.node
-
-
-def old_run(client):
-    """Start a client in a thread; return a function that waits for its Result."""
-    box = []
-
-    def run():
-        try:
-            box.append(client.run())
-        except BaseException as error:
-            box.append(error)
-    thread = threading.Thread(target=run)
-    thread.start()
-
-    def result():
-        thread.join(60)
-        if isinstance(box[0], BaseException):
-            raise box[0]
-        return box[0]
-    return result
+    assert old.good(running.result(), data).client.node == other.node
 
 
 def test_a_supernode_whose_origin_fails_sends_clients_to_the_source(supernode, old, origin, blob):
