@@ -4036,6 +4036,7 @@ class SwarmTask:
         self.task_id, self.url, self.md5 = task_id, url, md5
         self.cdn = cdn
         self.cid = ""  # under which our own pieces go
+        self.secret = ""  # part of the way to our own pieces, where it takes credentials to read them
         self.peers = {}  # type: Dict[str, Peer]
         self.used_at = 0.0  # monotonic
         self.origin = None  # type: Optional[Origin]  # as its last trusted asker asks for it
@@ -4310,7 +4311,7 @@ class Supernode(CdnEvents):
 
     def register(self, request: Request) -> Any:
         """POST /peer/registry.  Wire: 1"""
-        if "task" not in request.state or self._judged_by_another(request):
+        if "task" not in request.state or self._judged_by_another(request) or self._forgotten(request.state["task"]):
             try:
                 self._enter(request, Fields(request))
             except (BadRequest, SourceError) as refusal:
@@ -4335,6 +4336,10 @@ class Supernode(CdnEvents):
         task = request.state["task"]
         return isinstance(task.cdn.error, NeedAuth) and task.origin.credentials() != request.state["credentials"]
 
+    def _forgotten(self, task: SwarmTask) -> bool:
+        with self._lock:
+            return self._tasks.get(task.task_id) is not task
+
     @staticmethod
     def _worth_waiting(task: SwarmTask, peer: Peer) -> bool:
         """Return whether the answer to a register will soon say more than now: how long the file is, or what is in a small one."""
@@ -4346,7 +4351,7 @@ class Supernode(CdnEvents):
         return store.layout.length <= SMALL and not store.complete
 
     def _enter(self, request: Request, fields: Fields) -> None:
-        """Check a register and take its client into its task.  Raises BadRequest."""
+        """Check a register, and have its task begun and its client's right to it looked into.  Raises BadRequest."""
         peer = self._peer_of(request, fields)
         url = fields.text("rawUrl")
         if not re.match(r"^https?://[^/\s]+", url, re.I):
@@ -4364,7 +4369,6 @@ class Supernode(CdnEvents):
         task_id = task_id_of(fields.text("taskUrl") or url, md5, fields.text("identifier"), origin.header("range"))
         with self._lock:
             task = self._join_locked(task_id, url, md5, origin)
-            self._admit_locked(task, peer, request)
         credentials = origin.credentials()
         request.state.update(task=task, peer=peer, origin=origin, credentials=credentials, until=self._clock() + REGISTER_WAIT_S)
         if task.cdn.state in (CdnTask.WAITING, CdnTask.FAILED):
@@ -4399,6 +4403,7 @@ class Supernode(CdnEvents):
             task = SwarmTask(task_id, url, md5, self._cdn.task(task_id, url, self))
             task.cid = "cdnnode:%s~%s" % (self.ip, task_id)  # Wire: 2.3
             task.origin = origin
+            task.secret = "/" + os.urandom(16).hex() if origin.credentials() else ""
             task.proven[origin.credentials()] = float("inf")  # whoever's request fetches it is judged by that fetch
             self._tasks[task_id] = task
             self._scheduler.add_task(task_id, None)
@@ -4406,6 +4411,7 @@ class Supernode(CdnEvents):
         return task
 
     def _admit_locked(self, task: SwarmTask, peer: Peer, request: Request) -> None:
+        """Take a client in whose right to the file is beyond doubt.  Wire: 16 (2)"""
         label = request.headers.get(DFLY_HEADER, "").partition(" ")[2]
         peer.seen_at = self._clock()
         peer.requests = 1
@@ -4429,14 +4435,18 @@ class Supernode(CdnEvents):
     def _check(self, task: SwarmTask, origin: Origin, credentials: str) -> None:
         error = None  # type: Optional[DflyError]
         try:
-            origin.open(method="HEAD").close()
-        except NeedAuth as refusal:
-            error = refusal
+            try:
+                origin.open(method="HEAD").close()
+            except SourceError as refusal:
+                if refusal.status not in (403, 405, 501):
+                    raise
+                origin.open(0, 1).close()  # no HEAD here, or a signature that is for GET only
         except DflyError as failure:
-            error = failure if getattr(failure, "status", 0) == 403 else None  # no HEAD here, or no origin: as before
+            error = failure
         with self._lock:
             task.checking.discard(credentials)
-            if error:
+            public = "" in task.proven  # whom the origin does not know may read it: then anybody may, also while it can't be asked
+            if error and not (public and getattr(error, "status", 0) not in (401, 403, 407)):
                 task.refused[credentials] = (self._clock() + 10.0, error)
             else:
                 task.proven[credentials] = self._clock() + 300.0
@@ -4451,6 +4461,8 @@ class Supernode(CdnEvents):
         return Response.of_json({"code": code, "msg": str(error)})
 
     def _registered(self, task: SwarmTask, peer: Peer, request: Request) -> Response:
+        with self._lock:
+            self._admit_locked(task, peer, request)
         store = task.cdn.store
         length = store.layout.length if store else None
         if not store and not task.cdn.promised_size:
@@ -4610,7 +4622,7 @@ class Supernode(CdnEvents):
 
     @staticmethod
     def _piece_path(task: SwarmTask) -> str:
-        return "/download/%s/%s" % (task.task_id[:3], task.task_id)
+        return "/download/%s/%s%s" % (task.task_id[:3], task.task_id, task.secret)
 
     def piece_succeeded(self, request: Request) -> Response:
         """GET /peer/piece/suc.  Wire: 4.1"""
@@ -4786,13 +4798,13 @@ class Supernode(CdnEvents):
     def download(self, request: Request) -> Any:
         """GET /download/abc/abcdef…: bytes of the wrapped file.  Ours may ask for a piece that is still to come, and
         gets its seal in a header.  Wire: 5.3"""
-        task_id = request.rest.rpartition("/")[2]
+        task_id = (request.rest.split("/") + [""])[1]
         with self._lock:
             task = self._tasks.get(task_id)
             store = task.cdn.store if task else None
             if task:
                 task.used_at = self._clock()
-        if not task or not store or request.rest != "%s/%s" % (task_id[:3], task_id):
+        if not task or not store or "/download/" + request.rest != self._piece_path(task):
             return Response.of_error(404, "%.100s: no such task" % task_id)
         layout, native = store.layout, DFLY_HEADER in request.headers
         total = layout.wrapped_length if layout.length is not None else MAX_COUNT * layout.size
