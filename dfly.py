@@ -662,9 +662,14 @@ def filter_url(url: str, names: str) -> str:
     return base + "?" + "&".join(kept) if kept else base
 
 
-def task_id_of(task_url: str, md5: str = "", identifier: str = "", range_header: str = "") -> str:
-    """Return the 64 hex digits that name a task.  Wire: 2.1"""
-    text = (task_url + (md5 or identifier) + range_header).encode("utf-8", "surrogateescape")
+def same_file(url: str, other: str) -> bool:
+    """Return whether two URLs differ at most in their queries: only those may tell a task's URL from its file's.  Wire: 2.2, 16 (1)"""
+    return url.partition("?")[0] == other.partition("?")[0]
+
+
+def task_id_of(task_url: str, md5: str = "", identifier: str = "", range_header: str = "", trust: str = "") -> str:
+    """Return the 64 hex digits that name a task; `trust` as Origin.trust says it.  Wire: 2.1"""
+    text = (task_url + (md5 or identifier) + range_header + trust).encode("utf-8", "surrogateescape")
     return hashlib.sha256(TASK_KEY + text + TASK_KEY).hexdigest()
 
 
@@ -2411,6 +2416,15 @@ class Origin:
         shown = sorted((k.lower(), v) for k, v in self.headers.items() if k.lower() not in ("range", "user-agent", "accept", "x-forwarded-for"))
         return hashlib.sha256(json.dumps(shown).encode()).hexdigest() if shown else ""
 
+    def trust(self) -> str:
+        """Name what is believed instead of the system's certificate authorities, "" where that is nothing.
+
+        It makes a task of its own: who trusts less must not get what was fetched by trusting more.  Wire: 16 (9)
+        """
+        if not self.url.lower().startswith("https:") or not (self.insecure or self.cacerts):
+            return ""
+        return "\0insecure" if self.insecure else "\0" + hashlib.sha256("\0".join(self.cacerts).encode("utf-8", "surrogateescape")).hexdigest()
+
     def open(self, start: int = 0, end: Optional[int] = None, headers: Any = (), method: str = "GET") -> "OriginReply":
         """Ask for bytes [start, end) (all, if both are left out) of our file; return the answer once its head is there.
 
@@ -3844,6 +3858,7 @@ class CdnTask:
         """Return what an earlier run has left, if it can still be of use."""
         kept = TaskFile.resume(self.path, self.path + ".journal")
         if kept and (not any(version_parts(kept.about.get("version", "")))  # nothing could tell us whether it is still the origin's file
+                     or not same_file(kept.about.get("url", ""), self.url)
                      or self.promised_size not in (0, kept.layout.size)):
             kept.close()
             return None
@@ -4366,9 +4381,10 @@ class Supernode(CdnEvents):
                 raise BadRequest("rootCAs: invalid value")
         origin = Origin(url, headers, fields.flag("insecure"), cas, guarded=True)
         md5 = fields.text("md5").lower()
-        task_id = task_id_of(fields.text("taskUrl") or url, md5, fields.text("identifier"), origin.header("range"))
+        task_url = fields.text("taskUrl") or url
+        task_id = task_id_of(task_url, md5, fields.text("identifier"), origin.header("range"), origin.trust())
         with self._lock:
-            task = self._join_locked(task_id, url, md5, origin)
+            task = self._join_locked(task_id, url, md5, origin, own=same_file(url, task_url))
         credentials = origin.credentials()
         request.state.update(task=task, peer=peer, origin=origin, credentials=credentials, until=self._clock() + REGISTER_WAIT_S)
         if task.cdn.state in (CdnTask.WAITING, CdnTask.FAILED):
@@ -4392,9 +4408,15 @@ class Supernode(CdnEvents):
         port = fields.number("port", 0, 65535)
         return Peer(cid, ip, port, path, fields.text("superNodeIp", 256), DFLY_HEADER in request.headers)
 
-    def _join_locked(self, task_id: str, url: str, md5: str, origin: Origin) -> SwarmTask:
+    def _join_locked(self, task_id: str, url: str, md5: str, origin: Origin, own: bool) -> SwarmTask:
+        """Return the task of that id, made if it is new.  `own`: its URL is that of the file.  Raises BadRequest."""
         task = self._tasks.get(task_id)
         now = self._clock()
+        if task and not same_file(task.url, url):  # somebody has the task filled from elsewhere.  Wire: 16 (1)
+            if not own:
+                raise BadRequest("rawUrl: %.200s: the task has another file" % url)
+            self._forget_locked(task)
+            task = None
         if task and task.cdn.state == CdnTask.FAILED and (now > task.cdn.ended_at + self._cdn.retry_s or (
                 isinstance(task.cdn.error, NeedAuth) and task.origin and task.origin.credentials() != origin.credentials())):
             self._forget_locked(task)  # what its peers hold may be of another version of the file
@@ -6053,7 +6075,7 @@ class Download:
         self.origin = Origin(self.url, self.headers, options.insecure, options.cacerts,
                              timeout_s=min(Origin.TIMEOUT_S, options.timeout or Origin.TIMEOUT_S))
         self.task_url = filter_url(self.url, options.filter)
-        self.task_id = task_id_of(self.task_url, options.md5, options.identifier, self.origin.header("range"))
+        self.task_id = task_id_of(self.task_url, options.md5, options.identifier, self.origin.header("range"), self.origin.trust())
         self.target = self._target()
         folder, name = os.path.split(self.target)
         short = name.encode("utf-8", "surrogateescape")[:150].decode("utf-8", "ignore")  # a name has 255 bytes, not characters
