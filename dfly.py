@@ -106,13 +106,15 @@ MAX_HEAD = 32 << 10
 
 class DflyError(Exception):
     """Something went wrong that has a name.  `code` is what it becomes on the wire, `exit` the status of
-    `dfly.py get`, `old_exit` that of `dfget` (Wire: 8.5), `reason` the number in dfget's last line."""
+    `dfly.py get`, `old_exit` that of `dfget` (Wire: 8.5), `reason` the number in dfget's last line, `pause_s` how long
+    to wait before the origin is asked instead."""
 
     code = SYSTEM_ERROR
     http = 500
     exit = 1
     old_exit = 80
     reason = REASON_DOWNLOAD
+    pause_s = 0.0
 
 
 class BadUsage(DflyError):
@@ -3960,6 +3962,7 @@ class Cdn:
             task = self._tasks.pop(task_id, None)
         if task:
             task.stop()
+            self._used(task)
 
     def delete(self, task_id: str) -> None:
         """Forget a task and remove its bytes."""
@@ -3975,6 +3978,15 @@ class Cdn:
         deadline = time.monotonic() + 2.0
         for task in tasks:
             task.stop(max(0.0, deadline - time.monotonic()))
+            self._used(task)
+
+    @staticmethod
+    def _used(task: CdnTask) -> None:
+        """Note on its file that a task was in use until now: many disks don't keep the time of a read.  Wire: 16 (24)"""
+        try:
+            os.utime(task.path)
+        except OSError:  # it has none
+            pass
 
     def _remove(self, path: str) -> None:
         remove(path + ".journal")
@@ -4024,6 +4036,7 @@ TICK_S = 0.25  # between two looks at what is late
 SYNC_WAIT_S = 15.0  # how long a sync is held when there is nothing to say
 PULL_WAIT_S = 0.4  # the same for an old pull: dfget 0.2 gives up after 3 s and then sleeps up to 2
 REGISTER_WAIT_S = 2.5  # for the origin to say how long the file is; old clients give up after 5 s
+HERD_S, HERD_MOST_S = 0.1, 60.0  # between two clients that a failed task sends to the origin; and for the last of them
 SMALL = 256 << 10  # bytes: a file up to this size travels inside the register answer
 
 
@@ -4059,7 +4072,14 @@ class SwarmTask:
         self.refused = {}  # type: Dict[str, Tuple[float, DflyError]]  # the same for those it refused
         self.checking = set()  # type: Set[str]
         self.follower = None  # type: Optional[Md5Follower]
+        self.sent_away = 0  # clients that were told that it has failed
         self.rechecked_at = -1e9  # monotonic: when a complaint about our own pieces was last looked into
+
+
+    def next_pause(self) -> float:
+        """Return the seconds after which the next client may ask the origin itself.  Wire: 16 (40)"""
+        self.sent_away += 1
+        return min(HERD_MOST_S, round(HERD_S * (self.sent_away - 1), 3))
 
 
 _HALF = re.compile("[\ud800-\udfff]")  # JSON can write half a character, which nothing can be encoded from
@@ -4336,7 +4356,7 @@ class Supernode(CdnEvents):
         if error is None and task.cdn.state == CdnTask.FAILED:
             error = task.cdn.error
         if error:
-            return self._register_failure(task, error)
+            return self._register_failure(task, peer, error)
         checking = request.state["credentials"] in task.checking
         left = request.state["until"] - self._clock()
         if left > 0 and not request.expired and (checking or self._worth_waiting(task, peer)):
@@ -4478,9 +4498,12 @@ class Supernode(CdnEvents):
         until, error = task.refused.get(origin.credentials(), (0.0, None))
         return error if error and until > self._clock() else None
 
-    def _register_failure(self, task: SwarmTask, error: DflyError) -> Response:
-        code = error.code if isinstance(error, (SourceError, TlsError)) else SUPER_FAIL
-        return Response.of_json({"code": code, "msg": str(error)})
+    def _register_failure(self, task: SwarmTask, peer: Peer, error: DflyError) -> Response:
+        answer = {"code": error.code if isinstance(error, (SourceError, TlsError)) else SUPER_FAIL, "msg": str(error)}  # type: Dict[str, Any]
+        if peer.native:
+            with self._lock:
+                answer["pause"] = task.next_pause()
+        return Response.of_json(answer)
 
     def _registered(self, task: SwarmTask, peer: Peer, request: Request) -> Response:
         with self._lock:
@@ -4699,7 +4722,7 @@ class Supernode(CdnEvents):
         (fetches at once), queue (more in advance), have (hex mask, first time), wait (seconds)}.  Answered: {code, length?,
         version? (once, if the register could not say it), eager (others wait: report each piece at once), holders: {cid:
         [ip, port, path]}, pieces: [[num, cid, seal?]]};
-        code 601 has pieces, 602 none (msg says why), 600 ends it, 604 and 502 send the client on.
+        code 601 has pieces, 602 none (msg says why), 600 ends it, others send the client on (pause: seconds before it asks the origin).
         """
         state = request.state
         if "peer" not in state:
@@ -4768,7 +4791,8 @@ class Supernode(CdnEvents):
     def _sync_answer(self, task: SwarmTask, peer: Peer) -> Dict[str, Any]:
         if task.cdn.state == CdnTask.FAILED:
             error = task.cdn.error
-            return {"code": error.code if isinstance(error, SourceError) else SUPER_FAIL, "msg": str(error)}
+            with self._lock:
+                return {"code": error.code if isinstance(error, SourceError) else SUPER_FAIL, "msg": str(error), "pause": task.next_pause()}
         with self._lock:
             store = task.cdn.store
             pieces = self._scheduler.take(task.task_id, peer.cid)
@@ -5429,6 +5453,14 @@ class Migrate(DflyError):
     """This supernode can't go on with the task; another one, or the origin, may."""
 
 
+def with_pause(error: DflyError, answer: Dict[str, Any]) -> DflyError:
+    """Return `error` with the time that a supernode's answer asks for before the origin is asked instead.  Wire: 16 (40)"""
+    pause = answer.get("pause")
+    if isinstance(pause, (int, float)):
+        error.pause_s = min(max(0.0, pause), HERD_MOST_S)
+    return error
+
+
 class FinalFailure(DflyError):
     """What the last line reports: the error, the reason, and whether the origin was allowed."""
 
@@ -5827,7 +5859,7 @@ class SyncLine:
         elif code == WAIT:
             self.reason = answer.get("msg") or self.reason
         else:
-            raise Migrate("supernode %s: code %s: %s" % (self._node, code, answer.get("msg", "")))
+            raise with_pause(Migrate("supernode %s: code %s: %s" % (self._node, code, answer.get("msg", ""))), answer)
 
     def _learn(self, answer: Dict[str, Any]) -> None:
         """Take what an answer says about the file.  Raises ValueError, TypeError."""
@@ -6146,6 +6178,9 @@ class Download:
             if self.options.notbs or isinstance(error, NeedAuth):
                 raise FinalFailure(error, self.reason + REASON_NO_SOURCE)
             self.progress.line("failed to download by dragonfly: %s, and start try to download from source" % error)
+            if error.pause_s:
+                self.log.info("others ask the origin first: waiting %.1f s", error.pause_s)
+                time.sleep(error.pause_s)
             self._from_source()
 
     def _finish_up(self) -> None:
@@ -6243,9 +6278,9 @@ class Download:
             raise NeedAuth(message)
         if code == URL_UNREACHABLE:
             self.reason = REASON_REGISTER
-            raise SourceError(message)
+            raise with_pause(SourceError(message), answer)
         if code != SUCCESS or not isinstance(answer.get("data"), dict):
-            raise Migrate(message)
+            raise with_pause(Migrate(message), answer)
         return self._registration(node, answer["data"])
 
     def _root_cas(self) -> List[str]:
