@@ -452,6 +452,40 @@ def parse_nodes(text: str) -> List[Node]:
     return nodes
 
 
+class HostList:
+    """Hosts as a setting names them: `10.0.0.0/8`, `10.0.0.1`, `files.example.com`, or `.example.com` for all names below."""
+
+    def __init__(self, text: str) -> None:
+        import ipaddress
+        self.networks = []  # type: List[Any]
+        self.names = []  # type: List[str]
+        for entry in filter(None, re.split(r"[,\s]+", text)):
+            if re.match(r"^[\d.]+(/\d+)?$|^[^/]*:", entry):
+                try:
+                    self.networks.append(ipaddress.ip_network(entry, strict=False))
+                except ValueError:
+                    raise BadUsage("not a network: %r" % entry)
+            elif re.match(r"^\.?[\w-]+(\.[\w-]+)*\.?$", entry):
+                self.names.append(entry.lower().rstrip("."))
+            else:
+                raise BadUsage("not a host: %r (write 10.0.0.0/8, host.example.com or .example.com)" % entry)
+
+    def __bool__(self) -> bool:
+        return bool(self.networks or self.names)
+
+    def has_name(self, name: str) -> bool:
+        """Return whether a host of this name is meant, as far as names say."""
+        name = name.lower().rstrip(".")
+        return any(name.endswith(entry) if entry.startswith(".") else name == entry for entry in self.names)
+
+    def has_address(self, text: str) -> bool:
+        """Return whether an IP address lies in one of the networks."""
+        import ipaddress
+        address = ipaddress.ip_address(text.split("%")[0])
+        address = getattr(address, "ipv4_mapped", None) or address
+        return any(address in network for network in self.networks)
+
+
 def order_nodes(nodes: List[Node], task: str) -> List[Node]:
     """Return the supernodes in the order in which `task` shall try them, each once.
 
@@ -2344,8 +2378,26 @@ class ReadAlong:
 #    By urllib, which is imported only where an origin is really asked.
 # ==============================================================================
 
-#: Addresses that only ever lead to a machine's own secrets; a supernode fetches for strangers.  Wire: 16 (3)
-FORBIDDEN_NETWORKS = ("169.254.", "fe80:", "::ffff:169.254.")
+class Fence:
+    """Which origins are fetched from; a supernode does so for strangers.  Wire: 16 (3)"""
+
+    #: Addresses that only ever lead to a machine's own secrets: link-local ones, and where clouds keep a machine's data.
+    METADATA = "169.254.0.0/16, fe80::/10, 100.100.100.200, 192.0.0.192, 168.63.129.16, fd00:ec2::254"
+
+    def __init__(self, allow: Optional[HostList] = None, deny: Optional[HostList] = None) -> None:
+        self._allow, self._deny, self._never = allow or HostList(""), deny or HostList(""), HostList(self.METADATA)
+
+    def check(self, name: str, addresses: Any) -> None:
+        """Raise SourceError unless the host `name`, found at all these addresses, may be asked."""
+        if any(self._never.has_address(address) for address in addresses):
+            why = "link-local and metadata addresses are not fetched for others"
+        elif self._deny.has_name(name) or any(self._deny.has_address(address) for address in addresses):
+            why = "this supernode has it among those that are not fetched (deny-origins)"
+        elif self._allow and not self._allow.has_name(name) and not (addresses and all(self._allow.has_address(a) for a in addresses)):
+            why = "this supernode has it not among those that alone are fetched: not fetched (allow-origins)"
+        else:
+            return
+        raise SourceError("%s: %s" % (name, why), 403)
 
 
 def request_url(url: str) -> Tuple[str, str]:
@@ -2388,7 +2440,7 @@ class Origin:
 
     TIMEOUT_S = 30.0
 
-    def __init__(self, url: str, headers: Any = (), insecure: bool = False, cacerts: Any = (), guarded: bool = False,
+    def __init__(self, url: str, headers: Any = (), insecure: bool = False, cacerts: Any = (), fence: Optional[Fence] = None,
                  timeout_s: float = TIMEOUT_S) -> None:
         self.url = url
         self.timeout_s = timeout_s  # without a byte
@@ -2401,7 +2453,7 @@ class Origin:
             self.headers["Authorization"] = basic
         self.insecure = insecure  # whatever certificate it has is good
         self.cacerts = tuple(cacerts)  # more CAs: paths of PEM files, or PEM text
-        self.guarded = guarded  # refuse FORBIDDEN_NETWORKS
+        self.fence = fence  # which hosts may be asked; None: all
         given = self.header("range")
         match = re.match(r"^bytes=(\d{1,18})-(\d{0,18})$", given)
         self.base = int(match.group(1)) if match else 0  # where in the origin's file our file begins
@@ -2476,19 +2528,22 @@ class Origin:
         parts = urlsplit(self._asked)
         if parts.scheme.lower() not in ("http", "https") or not parts.hostname:
             raise BadRequest("not an http(s) URL: %.200r" % self.url)
-        if self.guarded:
+        if self.fence:
             try:
-                found = {info[4][0] for info in socket.getaddrinfo(parts.hostname, None)}
+                found = {str(info[4][0]) for info in socket.getaddrinfo(parts.hostname, None)}
             except (OSError, UnicodeError):
-                return  # the request itself will say it better
-            if any(address.lower().startswith(FORBIDDEN_NETWORKS) for address in map(str, found)):
-                raise SourceError("%s: link-local addresses are not fetched for others" % self.url, 403)
+                found = set()  # the request itself will say it better
+            self.fence.check(parts.hostname, found)
 
     def _opener(self, urllib_request: Any) -> Any:
-        handlers = []
         if self.url.lower().startswith("https") or self.cacerts or self.insecure:
-            handlers.append(urllib_request.HTTPSHandler(context=tls_context(self.insecure, self.cacerts)))
-        origin = self
+            https = urllib_request.HTTPSHandler(context=tls_context(self.insecure, self.cacerts))
+        else:
+            https = urllib_request.HTTPSHandler()
+        http, origin = urllib_request.HTTPHandler(), self
+        if self.fence:
+            for handler in (http, https):
+                handler.do_open = self._fenced(handler.do_open)
 
         class Redirects(urllib_request.HTTPRedirectHandler):
             """Keeps credentials on the host they were given for, and looks at each new address."""
@@ -2497,7 +2552,7 @@ class Origin:
                 following = super().redirect_request(request, *args)
                 if following is not None:
                     try:
-                        Origin(following.full_url, guarded=origin.guarded)._check_address()
+                        Origin(following.full_url, fence=origin.fence)._check_address()
                     except DflyError as error:
                         raise SourceError("%s: redirects to what is not fetched: %s" % (origin.url, error), getattr(error, "status", 0))
                     if urlsplit(following.full_url).netloc == urlsplit(request.full_url).netloc:
@@ -2513,7 +2568,24 @@ class Origin:
 
             http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302  # 3.11 is the first that knows 308
 
-        return urllib_request.build_opener(Redirects(), *handlers)
+        return urllib_request.build_opener(Redirects(), http, https)
+
+    def _fenced(self, do_open: Any) -> Any:
+        """Return a `do_open` of urllib that looks again whom it has reached: a name may lead elsewhere than a moment ago."""
+        fence = self.fence or Fence()
+
+        def fenced(connection: Any, request: Any, **how: Any) -> Any:
+            class Fenced(connection):  # type: ignore[misc]
+                """Says nothing before the other end is known."""
+
+                def connect(self) -> None:
+                    super().connect()
+                    if not self._tunnel_host and not request.has_proxy():
+                        fence.check(self.host, [self.sock.getpeername()[0]])
+
+            return do_open(Fenced, request, **how)
+
+        return fenced
 
 
 class OriginReply:
@@ -4043,8 +4115,9 @@ SMALL = 256 << 10  # bytes: a file up to this size travels inside the register a
 class Peer:
     """One client of one task, as it registered.  Guarded by its Supernode's _lock."""
 
-    def __init__(self, cid: str, ip: str, port: int, path: str, reach: str, native: bool) -> None:
+    def __init__(self, cid: str, ip: str, port: int, path: str, reach: str, native: bool, caller: str) -> None:
         self.cid, self.ip, self.port, self.path = cid, ip, port, path
+        self.caller = caller  # the address it called from
         self.reach = reach  # the address by which it reaches us, "" where it did not say
         self.native = native  # speaks /peer/sync
         self.turn = 0  # number of its newest sync; an older one that is still parked is void
@@ -4183,10 +4256,12 @@ class Supernode(CdnEvents):
         Route("GET", "/qtdown/", "download"),                         # as supernode 0.2 called it
     )
 
-    def __init__(self, home: str, advertise_ip: str, log: Log, scheduler: Scheduler, cdn: Cdn, expire_s: float,
-                 down_limit: int = 4, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, home: str, advertise_ip: str, log: Log, scheduler: Scheduler, cdn: Cdn, fence: Fence, trusted: HostList,
+                 expire_s: float, down_limit: int = 4, clock: Callable[[], float] = time.monotonic) -> None:
         self.home, self.ip, self.log = home, advertise_ip, log
         self._clock = clock
+        self._fence = fence  # from which origins it fetches
+        self._trusted = trusted  # whose word about a client's address is good
         self._down_limit = down_limit  # pieces an old client may have under way.  Wire: 14 (9)
         self._expire_s = expire_s  # how long a task nobody asks for stays in memory
         self._lock = threading.RLock()
@@ -4399,7 +4474,7 @@ class Supernode(CdnEvents):
                 cas.append(base64.b64decode(text, validate=True).decode("ascii"))
             except ValueError:
                 raise BadRequest("rootCAs: invalid value")
-        origin = Origin(url, headers, fields.flag("insecure"), cas, guarded=True)
+        origin = Origin(url, headers, fields.flag("insecure"), cas, self._fence)
         md5 = fields.text("md5").lower()
         task_url = fields.text("taskUrl") or url
         task_id = task_id_of(task_url, md5, fields.text("identifier"), origin.header("range"), origin.trust())
@@ -4426,7 +4501,14 @@ class Supernode(CdnEvents):
         if not path.startswith("/"):
             raise BadRequest("path: %.60s: invalid value" % path)
         port = fields.number("port", 0, 65535)
-        return Peer(cid, ip, port, path, fields.text("superNodeIp", 256), DFLY_HEADER in request.headers)
+        if port and not self._speaks_for(request, ip):
+            self.log.warn("%s names the address %s, from which it does not call: not offered to others (trusted-peers)", request.client, ip)
+            port = 0
+        return Peer(cid, ip, port, path, fields.text("superNodeIp", 256), DFLY_HEADER in request.headers, request.client)
+
+    def _speaks_for(self, request: Request, ip: str) -> bool:
+        """Return whether a caller is the host of that address, or one whose word is good.  Wire: 16 (4)"""
+        return request.client == ip or self._trusted.has_address(request.client)
 
     def _join_locked(self, task_id: str, url: str, md5: str, origin: Origin, own: bool) -> SwarmTask:
         """Return the task of that id, made if it is new.  `own`: its URL is that of the file.  Raises BadRequest."""
@@ -4707,8 +4789,11 @@ class Supernode(CdnEvents):
         query = request.query
         with self._lock:
             task = self._tasks.get(query.get("taskId", ""))
-            peer = task.peers.pop(query.get("cid", ""), None) if task else None
+            peer = task.peers.get(query.get("cid", "")) if task else None
+            if peer and not self._speaks_for(request, peer.caller):
+                peer = None
             if task and peer:
+                del task.peers[peer.cid]
                 self._scheduler.drop_peer(task.task_id, peer.cid, self._clock())
         self._after()
         return Response.of_json({"code": SERVICE_DOWN} if peer else {"code": UNKNOWN_TARGET, "msg": "no such client"})
@@ -7442,6 +7527,10 @@ def supernode_parser() -> Any:
     _flag(parser, "--seed-limit", type=_positive, default=3, metavar="N", help="first copies the supernode sends at once (3)")
     _flag(parser, "--fail-access-interval", type=parse_duration, default=5.0, help="how long a failed origin is not asked again (5s)")
     _flag(parser, "--task-expire-time", type=parse_duration, default=180.0, help="how long an unused task stays in memory (3m)")
+    _flag(parser, "--allow-origins", type=HostList, default="", metavar="HOST,…", help="fetch from these only: names, .domains, networks (all)")
+    _flag(parser, "--deny-origins", type=HostList, default="", metavar="HOST,…", help="never fetch from these (metadata services are denied anyway)")
+    _flag(parser, "--trusted-peers", type=HostList, default="127.0.0.0/8, ::1", metavar="NETWORK,…",
+          help="whose clients may name another address for others than the one they call from (127.0.0.0/8, ::1)")
     _flag(parser, "--disk-reserve", type=parse_size, default=0, metavar="SIZE", help="free space that the cache leaves (0)")
     for name in ("--peer-gc-delay", "--gc-initial-delay", "--gc-meta-interval", "--gc-disk-interval", "--young-gc-threshold", "--full-gc-threshold"):
         _flag(parser, name, default="", metavar="X", help="accepted for compatibility")
@@ -7484,7 +7573,8 @@ def run_supernode(arguments: List[str]) -> int:
     cdn = Cdn(options.home, log, TokenBucket(rate), options.fail_access_interval, options.disk_reserve)
     scheduler = Scheduler(up_slots=options.up_limit, seed_slots=options.seed_limit)
     ip = options.advertise_ip or first_address()
-    supernode = Supernode(options.home, ip, log, scheduler, cdn, options.task_expire_time, options.down_limit)
+    supernode = Supernode(options.home, ip, log, scheduler, cdn, Fence(options.allow_origins, options.deny_origins),
+                          options.trusted_peers, options.task_expire_time, options.down_limit)
     api_sock, piece_sock = listen(options.bind, options.port), listen(options.bind, options.download_port)
     api = Server(api_sock, Supernode.ROUTES, supernode, log, "api")
     pieces = Server(piece_sock, Supernode.PIECE_ROUTES, supernode, log, "pieces", TokenBucket(rate))

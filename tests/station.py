@@ -29,6 +29,7 @@ Content = NamedTuple("Content", [
     ("ranges", bool),                   # answer Range with 206
     ("gzip", bool),                     # encode (chunked) for those who accept gzip
     ("redirect_to", Optional[str]),     # 302 to there
+    ("head", bool),                     # False: 405 for HEAD
     ("auth", Optional[str]),            # the Authorization value without which the answer is 401
     ("rate", Optional[float]),          # bytes per second
     ("delay", float),                   # seconds before the answer's first byte
@@ -41,7 +42,7 @@ Content = NamedTuple("Content", [
 ])
 
 PLAIN = Content(data=b"", etag=True, last_modified=True, length=True, ranges=True, gzip=False, redirect_to=None,
-                auth=None, rate=None, delay=0.0, stall_after=None, cut_after=None, status=None, wrong=None,
+                head=True, auth=None, rate=None, delay=0.0, stall_after=None, cut_after=None, status=None, wrong=None,
                 once=False, headers=())
 
 WELL = dict(stall_after=None, cut_after=None, status=None, wrong=None)  # what `once` takes away
@@ -227,6 +228,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _content(self, record: Record, what: Content) -> None:
+        if record.method == "HEAD" and not what.head:
+            return self._short(record, 405)
         if what.status:
             return self._short(record, what.status)
         if what.redirect_to:

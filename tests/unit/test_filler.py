@@ -32,6 +32,33 @@ def half_full(folder, version):
     return store
 
 
+def test_an_origin_that_falls_silent_fails_the_fetch(station, tmp_path):
+    """Wire: 16.39"""
+    origin = dfly.Origin(station.put("f", DATA, stall_after=SIZE // 2), timeout_s=0.2)
+    reply = origin.open()
+    store = dfly.TaskFile.create(str(tmp_path / "data"), str(tmp_path / "journal"), {"task": "t", "version": reply.version}, len(DATA), SIZE)
+    with pytest.raises(dfly.SourceError, match="silent"):
+        dfly.Filler(origin, store, dfly.TokenBucket(), lambda num: None, sleep=lambda seconds: None).fill(reply)
+    store.close()
+    station.change("f", delay=5.0)
+    with pytest.raises(dfly.SourceError, match="does not answer"):
+        origin.open()
+
+
+def test_a_name_that_leads_elsewhere_when_it_comes_to_it_is_not_asked(station):
+    """Wire: 16.3"""
+    class Late(dfly.Fence):
+        checks = 0
+
+        def check(self, name, addresses):
+            self.checks += 1
+            if self.checks == 2:
+                raise dfly.SourceError("%s is at %s now: not fetched" % (name, addresses), 403)
+    with pytest.raises(dfly.SourceError, match="at .'127.0.0.1'. now"):
+        dfly.Origin(station.put("f", DATA), fence=Late()).open()
+    assert not station.log
+
+
 def test_gaps_are_filled_one_by_one_without_a_pause(station, tmp_path):
     origin = dfly.Origin(station.put("f", DATA))
     reply = origin.open(method="HEAD")

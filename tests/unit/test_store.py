@@ -43,6 +43,16 @@ def test_what_was_written_is_there_after_a_restart(folder):
     store.close()
 
 
+def test_pieces_are_told_one_by_one_as_they_are_found_true(folder):
+    """Wire: 16.30: what a restart reads again holds nobody up."""
+    create(folder).close()
+    store = dfly.TaskFile.resume(folder + "/data", folder + "/journal")
+    told = []
+    store.verify(lambda num: told.append((num, store.have)))
+    assert told == [(0, 0b1), (2, 0b101), (5, 0b100101)]
+    store.close()
+
+
 def test_a_journal_torn_at_any_byte_never_claims_a_wrong_piece(folder):
     create(folder).close()
     with open(folder + "/journal", "rb") as file:

@@ -51,10 +51,10 @@ def registered(reply):
 
 
 class Hand:
-    """One client of one supernode.  `node` is a World's Supernode."""
+    """One client of one supernode.  `node` is a World's Supernode; `source` the address it calls from, if not the system's choice."""
 
-    def __init__(self, node, ip="127.0.0.1", port=0):
-        self.node, self.ip, self.port = node, ip, port
+    def __init__(self, node, ip="127.0.0.1", port=0, source=None):
+        self.node, self.ip, self.port, self.source = node, ip, port, source
         self.address = ("127.0.0.1", node.port)
         self.sign = old_dfget.new_sign()
         self.cid = "%s-%s" % (ip, self.sign)
@@ -73,7 +73,7 @@ class Hand:
         """POST bytes."""
         head = "POST %s HTTP/1.1\r\nUser-Agent: fasthttp\r\nHost: %s:%d\r\n%sContent-Length: %d\r\n\r\n" % (
             (path,) + self.address + ("Content-Type: %s\r\n" % content_type if content_type else "", len(body)))
-        return talk(self.address, head.encode("latin-1") + body, "POST", 2, 10)
+        return talk(self.address, head.encode("latin-1") + body, "POST", 2, 10, self.source)
 
     def json(self, url, content_type="application/json;charset=utf-8", **over):
         """Register as 1.0.6 does; return the Reply."""
@@ -96,10 +96,10 @@ class Hand:
         return registered(self.json(url, **over))
 
     # -- the other calls ---------------------------------------------------------------------------
-    def get(self, target, headers=""):
+    def get(self, target, headers="", method="GET"):
         """GET a target exactly as given from the API port."""
-        request = "GET %s HTTP/1.1\r\nUser-Agent: fasthttp\r\nHost: %s:%d\r\n%s\r\n" % ((target,) + self.address + (headers,))
-        return talk(self.address, request.encode("latin-1"), "GET", 2, 10)
+        request = "%s %s HTTP/1.1\r\nUser-Agent: fasthttp\r\nHost: %s:%d\r\n%s\r\n" % ((method, target) + self.address + (headers,))
+        return talk(self.address, request.encode("latin-1"), method, 2, 10, self.source)
 
     def pull(self, status=700, result=502, dst="", range_="", **over):
         """Return the checked answer of /peer/task."""
@@ -135,6 +135,27 @@ class Hand:
         """GET one piece as 1.0.6 does; return the Reply."""
         return fetch((task["peerIp"], task["peerPort"]), task["path"], range_ or "bytes=" + task["range"],
                      "Piecenum: %d\r\nPiecesize: %d\r\n" % (task["pieceNum"], task["pieceSize"]))
+
+    def offers(self, limit=40):
+        """Return every cid that is offered while it downloads; whatever would come from a peer fails at once."""
+        answer, cids, queue, done = self.start(), set(), [], set()
+        while answer["code"] != 600 and limit:
+            limit -= 1
+            if answer["code"] == 601:
+                queue += [t for t in answer["data"] if t["pieceNum"] not in done and t not in queue]
+            if not queue:
+                answer = self.pull()
+                continue
+            task = queue.pop(0)
+            cids.add(task["cid"])
+            if task["cid"].startswith("cdnnode:"):
+                self.suc(task)
+                done.add(task["pieceNum"])
+                answer = self.done(task)
+            else:
+                answer = self.pull(701, 500, task["cid"], task["range"])
+        assert answer["code"] == 600, answer
+        return cids
 
     def finish(self, answer=None, report="both", limit_s=40):
         """Fetch and report until 600; return ({num: wrapped bytes}, data of the 600, [every 601 element])."""

@@ -91,9 +91,9 @@ def keeps_alive(reply):
     return connection != "close"
 
 
-def talk(address, request, method="GET", connect_s=2.0, read_s=5.0):
-    """Send the bytes `request` on a new connection to `address` and return the Reply."""
-    with socket.create_connection(address, timeout=connect_s) as sock:
+def talk(address, request, method="GET", connect_s=2.0, read_s=5.0, source_ip=None):
+    """Send the bytes `request` on a new connection to `address`, from `source_ip` if given, and return the Reply."""
+    with socket.create_connection(address, timeout=connect_s, source_address=(source_ip, 0) if source_ip else None) as sock:
         sock.settimeout(read_s)
         sock.sendall(request)
         with sock.makefile("rb") as stream:
@@ -161,7 +161,7 @@ class Pool:
 
 
 class ThreadedServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """A server that leaves no thread: `hang_up` closes what is open and waits.  _lock guards _open and _busy."""
+    """A server that leaves no thread: `hang_up` closes what is open and waits.  _lock guards accepted, _open and _busy."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -170,11 +170,13 @@ class ThreadedServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def __init__(self, address, handler):
         self._lock = threading.Lock()
         self._open, self._busy = set(), set()
+        self.accepted = 0                                       # connections, in all
         super().__init__(address, handler)
 
     def process_request_thread(self, request, client_address):
         """Serve one connection, noted in _open while it lasts."""
         with self._lock:
+            self.accepted += 1
             self._open.add(request)
             self._busy.add(threading.current_thread())
         try:

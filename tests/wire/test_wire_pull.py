@@ -199,28 +199,6 @@ def share(client, node, hand, url):
     return other
 
 
-def offers(client, limit=40):
-    """Return every cid that is offered to `client` while it downloads, its fetches from peers failing at once."""
-    answer, cids, queue, done = client.start(), set(), [], set()
-    while answer["code"] != 600 and limit:
-        limit -= 1
-        if answer["code"] == 601:
-            queue += [t for t in answer["data"] if t["pieceNum"] not in done and t not in queue]
-        if not queue:
-            answer = client.pull()
-            continue
-        task = queue.pop(0)
-        cids.add(task["cid"])
-        if task["cid"].startswith("cdnnode:"):
-            client.suc(task)
-            done.add(task["pieceNum"])
-            answer = client.done(task)
-        else:
-            answer = client.pull(701, 500, task["cid"], task["range"])
-    assert answer["code"] == 600, answer
-    return cids
-
-
 def test_a_finished_client_is_offered_to_the_next(supernode, hand, origin, blob):
     node = supernode()
     first = hand(node, ip="127.0.0.7", port=15999)
@@ -235,7 +213,7 @@ def test_a_client_with_port_0_is_never_offered(supernode, hand, origin, blob):
     """Fault 15; checklist 14 (11)."""
     node = supernode()
     first = hand(node, port=0)
-    assert first.cid not in offers(share(first, node, hand, origin.put("f.bin", blob(MIB))))
+    assert first.cid not in share(first, node, hand, origin.put("f.bin", blob(MIB))).offers()
 
 
 def test_service_down_takes_a_client_out_at_once(supernode, hand, origin, blob):
@@ -244,7 +222,7 @@ def test_service_down_takes_a_client_out_at_once(supernode, hand, origin, blob):
     first = hand(node, ip="127.0.0.7", port=15999)
     second = share(first, node, hand, origin.put("f.bin", blob(3 * MIB)))
     assert hands.envelope(first.down())["code"] in (612, 200)
-    assert first.cid not in offers(second)
+    assert first.cid not in second.offers()
     first.down()
     hands.envelope(hand(node).get("/peer/service/down?taskId=nope&cid=nope"))
     hands.envelope(hand(node).get("/peer/service/down"))
@@ -260,7 +238,7 @@ def test_a_provider_that_always_fails_is_left_alone_in_the_end(supernode, hand, 
     for _ in range(8):
         client = hand(node)
         client.join(url)
-        offered = first.cid in offers(client)
+        offered = first.cid in client.offers()
     assert not offered, "still offered to the 8th client after 7 clients failed on it"
 
 
