@@ -4148,7 +4148,6 @@ class SwarmTask:
         self.sent_away = 0  # clients that were told that it has failed
         self.rechecked_at = -1e9  # monotonic: when a complaint about our own pieces was last looked into
 
-
     def next_pause(self) -> float:
         """Return the seconds after which the next client may ask the origin itself.  Wire: 16 (40)"""
         self.sent_away += 1
@@ -4404,7 +4403,8 @@ class Supernode(CdnEvents):
         assert self._api
         with self._lock:
             now = self._clock()
-            idle = [t for t in self._tasks.values() if now > t.used_at + self._expire_s and t.cdn.state != CdnTask.RUNNING]
+            idle = [t for t in self._tasks.values() if now > t.used_at + self._expire_s and t.cdn.state != CdnTask.RUNNING
+                    and all(peer.finished for peer in t.peers.values())]
             for task in idle:
                 self._forget_locked(task)
         self._api.later(5.0, self._collect)
