@@ -17,24 +17,28 @@ The map:
      3. Settings        /etc/dragonfly.conf under the flags; the list of supernodes
      4. Pieces          layout arithmetic, the 4+1 byte wrapper, digests
      5. Rate limits     token buckets
-     6. HTTP            an event-driven server that parks what waits, and a kept-alive client
-     7. Store           a task's bytes on disk and the journal that says which of them are true
-     8. Origin          everything that is asked of the source station, for ourselves and for others
-     9. Scheduler       who fetches which piece from whom; pure
-    10. CDN             from origin to seed pieces: one fetch a task
-    11. Supernode       tasks and peers over scheduler and CDN; the API, old and native
-    12. Uploader        a host's piece server
-    13. Downloader      get: from supernode, from peers, back to source
-    14. Daemon          registry mirror and proxy: blobs by the swarm, the rest straight
-    16. Command line    flags, the programs, main
+     6. HTTP server     event-driven: parks what waits, sends files as they lie
+     7. HTTP client     kept-alive connections that read into a buffer
+     8. Store           a task's bytes on disk and the journal that says which of them are true
+     9. Origin          everything that is asked of the source station, for ourselves and for others
+    10. Scheduler's books  which piece is where, and how rare
+    11. Scheduler       who fetches which piece from whom; pure
+    12. CDN             from origin to seed pieces: one fetch a task
+    13. Swarm           tasks and their clients over scheduler and CDN
+    14. Supernode       the API, old and native
+    15. Uploader        a host's piece server
+    16. Fetching        pieces from peers, orders from a supernode
+    17. Downloader      get: from supernode and peers, or back to source
+    18. Daemon          registry mirror and proxy: blobs by the swarm, the rest straight
+    20. Command line    flags, the programs, main
 
-One piece's way: the supernode reads it from the origin once (10), writes it at its offset, knows its digest and
-announces it (9).  The scheduler gives it to a peer that lacks it, from the nearest holder with a free upload slot;
-the order travels in the answer of a parked /peer/sync (11).  A fetcher thread of `get` (13) asks the holder for it on a
-kept-alive connection (6); the holder's event loop sends head, file bytes by sendfile and tail (4, 12).  The
+One piece's way: the supernode reads it from the origin once (12), writes it at its offset, knows its digest and
+announces it (13).  The scheduler gives it to a peer that lacks it, from the nearest holder with a free upload slot (11);
+the order travels in the answer of a parked /peer/sync (14).  A fetcher thread of `get` (16) asks the holder for it on a
+kept-alive connection (7); the holder's event loop sends head, file bytes by sendfile and tail (6, 15).  The
 fetcher reads it into one reused buffer, digests it while it is in cache, writes it once at its final offset,
-journals it (7) and reports it in the one request that also asks for more work.  From then on it is served on
-from the same file, which becomes the output by a rename when every piece has been read back and found true.
+journals it (8) and reports it in the one request that also asks for more work.  From then on it is served on
+from the same file, which becomes the output by a rename when every piece has been read back and found true (17).
 
 Sections use only what stands above them.  "Wire: N.N" names the section of the Dragonfly protocol description
 that a piece of code implements.
@@ -767,11 +771,9 @@ class TokenBucket:
 
 
 # ==============================================================================
-# 6. HTTP
-#    A server that is one thread over a selector: it reads requests, runs what is
-#    quick at once and the rest on a few workers, parks what has to wait, and sends
-#    files by sendfile.  A client on kept-alive connections that reads into a buffer
-#    of the caller's.
+# 6. HTTP server
+#    One thread over a selector: it reads requests, runs what is quick at once and
+#    the rest on a few workers, parks what has to wait, and sends files by sendfile.
 #    Not http.server and http.client: importing their e-mail parser costs each `get`
 #    20 ms, and a head takes it 33 us where ours takes 4 (3,000 syncs/s leave us 330).
 # ==============================================================================
@@ -1434,6 +1436,11 @@ def _listen_once(family: int, host: str, port: int) -> socket.socket:
     return sock
 
 
+# ==============================================================================
+# 7. HTTP client
+#    Kept-alive connections that read into a buffer of the caller's.
+# ==============================================================================
+
 def addresses_to(host: str, port: int, timeout_s: float) -> Tuple[str, str]:
     """Return the addresses of both ends of a connection to host:port, ours first.  Raises NetworkError.  Wire: 2.3"""
     sock = connect(host, port, timeout_s)
@@ -1822,7 +1829,7 @@ class Pool:
 
 
 # ==============================================================================
-# 7. Store
+# 8. Store
 #    A task's bytes on disk and the journal that says which of them are true.  The
 #    same class on supernode and peer.  Knows pieces and files; knows no peers, no
 #    HTTP.
@@ -2372,7 +2379,7 @@ class ReadAlong:
 
 
 # ==============================================================================
-# 8. Origin
+# 9. Origin
 #    Everything that is asked of the source station: whole, ranged and conditional
 #    GET, redirects, proxies, headers, TLS; and reading a body into pieces.
 #    By urllib, which is imported only where an origin is really asked.
@@ -2985,10 +2992,9 @@ class Upstream:
 
 
 # ==============================================================================
-# 9. Scheduler
-#    Who fetches which piece from whom.  Pure: no sockets, no files, no locks, no
-#    clock of its own, so that a simulator drives the very class that runs.  Its
-#    caller serialises all calls.
+# 10. Scheduler's books
+#    What is known of a task: its pieces and how rare each is, who has and who fetches
+#    them, on which hosts, in which racks and sites.  Decides nothing.
 # ==============================================================================
 
 REFUSED, STALLED, WRONG_BYTES, GONE, OTHER = "refused", "stalled", "digest", "gone", "other"  # why a piece failed
@@ -3182,6 +3188,13 @@ def _level(count: int) -> int:
     octave = count.bit_length() - 5
     return min(127, 16 + 8 * octave + (count >> octave + 1) - 8)
 
+
+# ==============================================================================
+# 11. Scheduler
+#    Who fetches which piece from whom.  Pure: no sockets, no files, no locks, no
+#    clock of its own, so that a simulator drives the very class that runs.  Its
+#    caller serialises all calls.
+# ==============================================================================
 
 class Scheduler:
     """Decides who fetches which piece from whom.
@@ -3793,7 +3806,7 @@ def _common(peer: _Peer, holder: Optional[_Peer]) -> int:
 
 
 # ==============================================================================
-# 10. CDN
+# 12. CDN
 #    From origin to seed pieces: one fetch a task, the cache on disk, whether it is
 #    still what the origin has, and room for the next.  Knows no peers.
 # ==============================================================================
@@ -4098,22 +4111,18 @@ class Cdn:
 
 
 # ==============================================================================
-# 11. Supernode
-#    Tasks and peers over scheduler and CDN, and the HTTP API: the old one as a thin
-#    translation onto the same calls, and ours, one long-polled request for
-#    everything.  Knows no files of its own.
+# 13. Swarm
+#    The tasks of a supernode and their clients: who is in, who may read, who is
+#    gone; over scheduler and CDN, told by both.  Knows no requests.
 # ==============================================================================
 
 TICK_S = 0.25  # between two looks at what is late
 SYNC_WAIT_S = 15.0  # how long a sync is held when there is nothing to say
-PULL_WAIT_S = 0.4  # the same for an old pull: dfget 0.2 gives up after 3 s and then sleeps up to 2
-REGISTER_WAIT_S = 2.5  # for the origin to say how long the file is; old clients give up after 5 s
 HERD_S, HERD_MOST_S = 0.1, 60.0  # between two clients that a failed task sends to the origin; and for the last of them
-SMALL = 256 << 10  # bytes: a file up to this size travels inside the register answer
 
 
 class Peer:
-    """One client of one task, as it registered.  Guarded by its Supernode's _lock."""
+    """One client of one task, as it registered.  Guarded by its Swarm's lock."""
 
     def __init__(self, cid: str, ip: str, port: int, path: str, reach: str, native: bool, caller: str) -> None:
         self.cid, self.ip, self.port, self.path = cid, ip, port, path
@@ -4131,7 +4140,7 @@ class Peer:
 
 
 class SwarmTask:
-    """One task: its CDN half, its peers, and who may read it.  Guarded by its Supernode's _lock."""
+    """One task: its CDN half, its peers, and who may read it.  Guarded by its Swarm's lock."""
 
     def __init__(self, task_id: str, url: str, md5: str, cdn: CdnTask) -> None:
         self.task_id, self.url, self.md5 = task_id, url, md5
@@ -4153,7 +4162,317 @@ class SwarmTask:
         self.sent_away += 1
         return min(HERD_MOST_S, round(HERD_S * (self.sent_away - 1), 3))
 
+    def refusal(self, credentials: str, now: float) -> Optional[DflyError]:
+        """Return why the origin has lately refused the file to these credentials, None if it has not."""
+        until, error = self.refused.get(credentials, (0.0, None))
+        return error if error and until > now else None
 
+    def reportable(self) -> int:
+        """Return the mask of the pieces that a client may have: all, or while their count is not known those that we have."""
+        store = self.cdn.store
+        if not store:
+            return 0
+        return store.have if store.layout.count is None else (1 << store.layout.count) - 1
+
+    def num_of(self, text: str) -> int:
+        """Return the piece that a range of the old wire means.  Raises BadRequest when nobody can have it.  Wire: 3.1"""
+        num = (self.cdn.store.layout if self.cdn.store else Layout(None, MIB)).num_of(text)
+        if not self.reportable() >> num & 1:
+            raise BadRequest("pieceRange: %.60s: nobody has this piece" % text)
+        return num
+
+    def holder(self, cid: str) -> str:
+        """Return whom the scheduler knows under a cid of the wire."""
+        return SEED if cid == self.cid or cid.startswith("cdnnode:") else cid
+
+    def piece_path(self) -> str:
+        """Return where our own pieces are found on the piece port.  Wire: 5.3"""
+        return "/download/%s/%s%s" % (self.task_id[:3], self.task_id, self.secret)
+
+
+def locate(label: str, ip: str) -> Tuple[str, ...]:
+    """Return a peer's location, wide to narrow: its `site/rack` label, else its /16 and /24 (IPv6: /48 and /64)."""
+    import ipaddress
+    parts = tuple(part.strip() for part in label.split("/") if part.strip())[:4]
+    if parts:
+        return parts if len(parts) > 1 else parts + ("",)
+    try:
+        address = ipaddress.ip_address(ip)
+    except ValueError:
+        return ("", "")
+    wide, narrow = (16, 24) if address.version == 4 else (48, 64)
+    return tuple(str(ipaddress.ip_network("%s/%d" % (ip, bits), strict=False)) for bits in (wide, narrow))
+
+
+class Swarm(CdnEvents):
+    """The tasks of a supernode and their clients, over scheduler and CDN.
+
+    `lock` guards the tasks, their peers and the scheduler; it is never held over I/O, and what must wait for a change
+    is parked in one of the two servers under ("task", id), ("peer", id, cid), ("md5", id) or ("piece", id, num).
+    """
+
+    def __init__(self, ip: str, log: Log, scheduler: Scheduler, cdn: Cdn, expire_s: float, clock: Callable[[], float]) -> None:
+        self.lock = threading.RLock()
+        self.tasks = {}  # type: Dict[str, SwarmTask]
+        self.scheduler, self.cdn = scheduler, cdn
+        self._ip, self._log = ip, log
+        self._clock = clock
+        self._expire_s = expire_s  # how long a task nobody asks for stays in memory
+        self._api = None  # type: Optional[Server]
+        self._pieces = None  # type: Optional[Server]
+
+    def watch(self, api: Server, pieces: Server) -> None:
+        """From now on wake what waits in these two servers, and look after tasks and clients."""
+        self._api, self._pieces = api, pieces
+        api.later(TICK_S, self._tick)
+        api.later(1.0, self._watch_peers)
+        api.later(5.0, self._collect)
+
+    def stop(self) -> None:
+        """End everything that runs; the cache stays."""
+        for task in list(self.tasks.values()):
+            if task.follower:
+                task.follower.stop(1.0)
+        self.cdn.stop()
+
+    # -- what the CDN tells ----------------------------------------------------
+
+    def on_known(self, task: CdnTask) -> None:
+        """The size of the pieces is known, perhaps their number."""
+        with self.lock:
+            if task.task_id in self.tasks:
+                assert task.store
+                self.scheduler.add_task(task.task_id, task.store.layout.count)
+        self.notify(("task", task.task_id))
+
+    def on_length(self, task: CdnTask) -> None:
+        """The number of pieces is known."""
+        with self.lock:
+            if task.task_id in self.tasks:
+                assert task.store and task.store.layout.count is not None
+                self.scheduler.set_count(task.task_id, task.store.layout.count, self._clock())
+        self.after()
+
+    def on_piece(self, task: CdnTask, num: int) -> None:
+        """There is a new seed piece."""
+        with self.lock:
+            mine = self.tasks.get(task.task_id)
+            if mine:
+                self.scheduler.seeded(task.task_id, num, self._clock())
+                if mine.follower:
+                    mine.follower.nudge()
+        self._notify_pieces(("piece", task.task_id, num))
+        self.after()
+
+    def on_end(self, task: CdnTask) -> None:
+        """The fetch has ended; a digest that the user gave is checked before it counts as a success."""
+        with self.lock:
+            mine = self.tasks.get(task.task_id)
+            peers = list(mine.peers) if mine else []
+        if mine and mine.md5 and task.state == task.SUCCESS and task.store:
+            digest = self.follow(mine).wait()
+            if digest != mine.md5.lower():
+                task.state, task.error = task.FAILED, WrongBytes(task.url, mine.md5, digest)
+        self.notify(("task", task.task_id))
+        for cid in peers:
+            self.notify(("peer", task.task_id, cid))
+        if task.state == task.FAILED and task.store:
+            for num in range(min(task.store.layout.count or 0, MAX_COUNT)):
+                self._notify_pieces(("piece", task.task_id, num))
+
+    def follow(self, task: SwarmTask) -> Md5Follower:
+        """Return the task's MD5 follower, started if it is new; its store must be known."""
+        with self.lock:
+            if not task.follower:
+                assert task.cdn.store
+                task.follower = Md5Follower(task.cdn.store, lambda: self.notify(("md5", task.task_id)))
+            return task.follower
+
+    # -- waking what waits -------------------------------------------------------
+
+    def notify(self, key: Any) -> None:
+        """Wake what is parked under a key."""
+        if self._api:
+            self._api.notify(key)
+
+    def _notify_pieces(self, key: Any) -> None:
+        if self._pieces:
+            self._pieces.notify(key)
+
+    def after(self) -> None:
+        """After every change of the scheduler: wake the peers for whom it has found work."""
+        with self.lock:
+            woken = self.scheduler.woken()
+        for task_id, cid in woken:
+            self.notify(("peer", task_id, cid))
+
+    def _tick(self) -> None:
+        assert self._api
+        with self.lock:
+            self.scheduler.tick(self._clock())
+        self.after()
+        self._api.later(TICK_S, self._tick)
+
+    # -- tasks that come and go ----------------------------------------------------
+
+    def join_locked(self, task_id: str, url: str, md5: str, origin: Origin, own: bool) -> SwarmTask:
+        """Return the task of that id, made if it is new.  `own`: its URL is that of the file.  Raises BadRequest."""
+        task = self.tasks.get(task_id)
+        now = self._clock()
+        if task and not same_file(task.url, url):  # somebody has the task filled from elsewhere.  Wire: 16 (1)
+            if not own:
+                raise BadRequest("rawUrl: %.200s: the task has another file" % url)
+            self.forget_locked(task)
+            task = None
+        if task and task.cdn.state == CdnTask.FAILED and (now > task.cdn.ended_at + self.cdn.retry_s or (
+                isinstance(task.cdn.error, NeedAuth) and task.origin and task.origin.credentials() != origin.credentials())):
+            self.forget_locked(task)  # what its peers hold may be of another version of the file
+            task = None
+        if not task:
+            task = SwarmTask(task_id, url, md5, self.cdn.task(task_id, url, self))
+            task.cid = "cdnnode:%s~%s" % (self._ip, task_id)  # Wire: 2.3
+            task.origin = origin
+            task.secret = "/" + os.urandom(16).hex() if origin.credentials() else ""
+            task.proven[origin.credentials()] = float("inf")  # whoever's request fetches it is judged by that fetch
+            self.tasks[task_id] = task
+            self.scheduler.add_task(task_id, None)
+        task.used_at = now
+        return task
+
+    def forget_locked(self, task: SwarmTask) -> None:
+        """Let go of a task; its file stays in the cache."""
+        self.tasks.pop(task.task_id, None)
+        self.scheduler.drop_task(task.task_id)
+        if task.follower:
+            task.follower.stop(0.0)
+        self.cdn.release(task.task_id)
+        self._log.info("task %s is no longer in use", task.task_id)
+
+    def lives(self, task: SwarmTask) -> bool:
+        """Return whether a task is still the one of its name."""
+        with self.lock:
+            return self.tasks.get(task.task_id) is task
+
+    def _collect(self) -> None:
+        """Forget tasks that nobody has asked for in a while.  Wire: 10.4"""
+        assert self._api
+        with self.lock:
+            now = self._clock()
+            idle = [t for t in self.tasks.values() if now > t.used_at + self._expire_s and t.cdn.state != CdnTask.RUNNING
+                    and all(peer.finished for peer in t.peers.values())]
+            for task in idle:
+                self.forget_locked(task)
+        self._api.later(5.0, self._collect)
+
+    # -- whom the origin would let read ----------------------------------------------
+
+    def prove(self, task: SwarmTask, origin: Origin, credentials: str) -> None:
+        """Have the origin asked whether it would give the file to these credentials too.  Wire: 16 (2)"""
+        with self.lock:
+            if task.proven.get(credentials, 0) > self._clock() or credentials in task.checking:
+                return
+            task.checking.add(credentials)
+        threading.Thread(target=self._check, args=(task, origin, credentials), name="dfly-access", daemon=True).start()
+
+    def _check(self, task: SwarmTask, origin: Origin, credentials: str) -> None:
+        error = None  # type: Optional[DflyError]
+        try:
+            try:
+                origin.open(method="HEAD").close()
+            except SourceError as refusal:
+                if refusal.status not in (403, 405, 501):
+                    raise
+                origin.open(0, 1).close()  # no HEAD here, or a signature that is for GET only
+        except DflyError as failure:
+            error = failure
+        with self.lock:
+            task.checking.discard(credentials)
+            public = "" in task.proven  # whom the origin does not know may read it: then anybody may, also while it can't be asked
+            if error and not (public and getattr(error, "status", 0) not in (401, 403, 407)):
+                task.refused[credentials] = (self._clock() + 10.0, error)
+            else:
+                task.proven[credentials] = self._clock() + 300.0
+        self.notify(("task", task.task_id))
+
+    # -- clients that come and go ------------------------------------------------------
+
+    def admit_locked(self, task: SwarmTask, peer: Peer, label: str, seed_only: bool) -> None:
+        """Take a client in whose right to the file is beyond doubt; `label` says where it is, if it does.  Wire: 16 (2)"""
+        peer.seen_at = self._clock()
+        peer.requests = 1
+        task.peers[peer.cid] = peer
+        self.scheduler.add_peer(task.task_id, peer.cid, (peer.ip, peer.port or peer.cid), locate(label, peer.ip), self._clock(),
+                                 serves=peer.port > 0, legacy=not peer.native, seed_only=seed_only)
+        if self.scheduler.receivers(task.task_id) == 2:  # whoever was alone need not have reported each piece at once until now
+            for other in task.peers.values():
+                if other.native and not other.finished and other is not peer:
+                    self.notify(("peer", task.task_id, other.cid))
+
+    def find(self, task_id: str, cid: str) -> Tuple[SwarmTask, Peer]:
+        """Return a task and its client, both just seen alive.  Raises NoSuchTask."""
+        with self.lock:
+            task = self.tasks.get(task_id)
+            peer = task.peers.get(cid) if task else None
+            if not task or not peer:
+                raise NoSuchTask("failed to get dfgetTask with taskID (%.64s) clientID (%.64s): data not found" % (task_id, cid))
+            now = self._clock()
+            task.used_at = peer.seen_at = now
+            peer.gone = False
+            peer.requests += 1
+            return task, peer
+
+    def leave(self, task: SwarmTask, peer: Peer) -> None:
+        """As leave_locked."""
+        with self.lock:
+            self.leave_locked(task, peer)
+
+    def leave_locked(self, task: SwarmTask, peer: Peer) -> None:
+        """A client receives no more; what it has it still offers."""
+        peer.finished = True
+        self.scheduler.leave(task.task_id, peer.cid, self._clock())
+
+    def drop_locked(self, task: SwarmTask, peer: Peer) -> None:
+        """A client neither receives nor offers any more."""
+        del task.peers[peer.cid]
+        self.scheduler.drop_peer(task.task_id, peer.cid, self._clock())
+
+    def hung_up(self, task: SwarmTask, peer: Peer, turn: int) -> None:
+        """A client has closed its parked sync: unless it comes back at once, it is gone.  On the API server's thread."""
+        assert self._api
+        if peer.turn == turn:
+            peer.gone = True
+            self._api.later(0.3, lambda: self._lose(task, peer))
+
+    def _lose(self, task: SwarmTask, peer: Peer) -> None:
+        with self.lock:
+            if peer.gone and not peer.finished:
+                self.leave_locked(task, peer)
+        self.after()
+
+    def _watch_peers(self) -> None:
+        """Once a second: give up on clients that have not been heard of for too long."""
+        assert self._api
+        with self.lock:
+            now = self._clock()
+            for task in self.tasks.values():
+                for peer in list(task.peers.values()):
+                    if not peer.finished and now > peer.seen_at + (4 * SYNC_WAIT_S if peer.native else self._expire_s):
+                        self.leave_locked(task, peer)
+                    if peer.finished and not peer.port and now > peer.seen_at + self._expire_s:  # it serves nobody: nothing else will end it
+                        self.drop_locked(task, peer)
+        self.after()
+        self._api.later(1.0, self._watch_peers)
+
+
+# ==============================================================================
+# 14. Supernode
+#    The HTTP API of a supernode: the old one as a thin translation onto the same
+#    calls, and ours, one long-polled request for everything.  Knows no files.
+# ==============================================================================
+
+PULL_WAIT_S = 0.4  # how long an old pull is held: dfget 0.2 gives up after 3 s and then sleeps up to 2
+REGISTER_WAIT_S = 2.5  # for the origin to say how long the file is; old clients give up after 5 s
+SMALL = 256 << 10  # bytes: a file up to this size travels inside the register answer
 _HALF = re.compile("[\ud800-\udfff]")  # JSON can write half a character, which nothing can be encoded from
 
 
@@ -4214,23 +4533,8 @@ def parse_headers(texts: List[str]) -> List[Tuple[str, str]]:
     return pairs
 
 
-def locate(label: str, ip: str) -> Tuple[str, ...]:
-    """Return a peer's location, wide to narrow: its `site/rack` label, else its /16 and /24 (IPv6: /48 and /64)."""
-    import ipaddress
-    parts = tuple(part.strip() for part in label.split("/") if part.strip())[:4]
-    if parts:
-        return parts if len(parts) > 1 else parts + ("",)
-    try:
-        address = ipaddress.ip_address(ip)
-    except ValueError:
-        return ("", "")
-    wide, narrow = (16, 24) if address.version == 4 else (48, 64)
-    return tuple(str(ipaddress.ip_network("%s/%d" % (ip, bits), strict=False)) for bits in (wide, narrow))
-
-
-class Supernode(CdnEvents):
-    """The tracker.  _lock guards tasks, their peers and the scheduler; it is never held over I/O, and what must wait
-    for a change is parked in the API server under ("task", id), ("peer", id, cid) or ("piece", id, num)."""
+class Supernode:
+    """The HTTP API: what clients and operators ask, told to the Swarm and answered from it."""
 
     ROUTES = (
         Route("POST", "/peer/registry", "register"),                  # Wire: 1
@@ -4255,26 +4559,21 @@ class Supernode(CdnEvents):
         Route("GET", "/qtdown/", "download"),                         # as supernode 0.2 called it
     )
 
-    def __init__(self, home: str, advertise_ip: str, log: Log, scheduler: Scheduler, cdn: Cdn, fence: Fence, trusted: HostList,
-                 expire_s: float, down_limit: int = 4, clock: Callable[[], float] = time.monotonic) -> None:
-        self.home, self.ip, self.log = home, advertise_ip, log
+    def __init__(self, swarm: Swarm, advertise_ip: str, log: Log, fence: Fence, trusted: HostList, down_limit: int = 4,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self._swarm = swarm
+        self._ip, self._log = advertise_ip, log
         self._clock = clock
         self._fence = fence  # from which origins it fetches
         self._trusted = trusted  # whose word about a client's address is good
         self._down_limit = down_limit  # pieces an old client may have under way.  Wire: 14 (9)
-        self._expire_s = expire_s  # how long a task nobody asks for stays in memory
-        self._lock = threading.RLock()
-        self._scheduler, self._cdn = scheduler, cdn
-        self._tasks = {}  # type: Dict[str, SwarmTask]
         self._api = None  # type: Optional[Server]
         self._pieces = None  # type: Optional[Server]
 
     def serve(self, api: Server, pieces: Server) -> None:
         """Begin to answer on both ports."""
         self._api, self._pieces = api, pieces
-        api.later(TICK_S, self._tick)
-        api.later(1.0, self._watch_peers)
-        api.later(5.0, self._collect)
+        self._swarm.watch(api, pieces)
         pieces.start()
         api.start()
 
@@ -4283,151 +4582,19 @@ class Supernode(CdnEvents):
         for server in (self._api, self._pieces):
             if server:
                 server.stop()
-        for task in list(self._tasks.values()):
-            if task.follower:
-                task.follower.stop(1.0)
-        self._cdn.stop()
-
-    # -- what the CDN tells ----------------------------------------------------
-
-    def on_known(self, task: CdnTask) -> None:
-        """The size of the pieces is known, perhaps their number."""
-        with self._lock:
-            if task.task_id in self._tasks:
-                assert task.store
-                self._scheduler.add_task(task.task_id, task.store.layout.count)
-        self._notify(("task", task.task_id))
-
-    def on_length(self, task: CdnTask) -> None:
-        """The number of pieces is known."""
-        with self._lock:
-            if task.task_id in self._tasks:
-                assert task.store and task.store.layout.count is not None
-                self._scheduler.set_count(task.task_id, task.store.layout.count, self._clock())
-        self._after()
-
-    def on_piece(self, task: CdnTask, num: int) -> None:
-        """There is a new seed piece."""
-        with self._lock:
-            mine = self._tasks.get(task.task_id)
-            if mine:
-                self._scheduler.seeded(task.task_id, num, self._clock())
-                if mine.follower:
-                    mine.follower.nudge()
-        self._notify_pieces(("piece", task.task_id, num))
-        self._after()
-
-    def on_end(self, task: CdnTask) -> None:
-        """The fetch has ended; a digest that the user gave is checked before it counts as a success."""
-        with self._lock:
-            mine = self._tasks.get(task.task_id)
-            peers = list(mine.peers) if mine else []
-        if mine and mine.md5 and task.state == task.SUCCESS and task.store:
-            digest = self._follow(mine).wait()
-            if digest != mine.md5.lower():
-                task.state, task.error = task.FAILED, WrongBytes(task.url, mine.md5, digest)
-        self._notify(("task", task.task_id))
-        for cid in peers:
-            self._notify(("peer", task.task_id, cid))
-        if task.state == task.FAILED and task.store:
-            for num in range(min(task.store.layout.count or 0, MAX_COUNT)):
-                self._notify_pieces(("piece", task.task_id, num))
-
-    def _follow(self, task: SwarmTask) -> Md5Follower:
-        """Return the task's MD5 follower, started if it is new; its store must be known."""
-        with self._lock:
-            if not task.follower:
-                assert task.cdn.store
-                task.follower = Md5Follower(task.cdn.store, lambda: self._notify(("md5", task.task_id)))
-            return task.follower
-
-    # -- waking what waits -------------------------------------------------------
-
-    def _notify(self, key: Any) -> None:
-        if self._api:
-            self._api.notify(key)
-
-    def _notify_pieces(self, key: Any) -> None:
-        if self._pieces:
-            self._pieces.notify(key)
-
-    def _after(self) -> None:
-        """After every change of the scheduler: wake the peers for whom it has found work."""
-        with self._lock:
-            woken = self._scheduler.woken()
-        for task_id, cid in woken:
-            self._notify(("peer", task_id, cid))
-
-    def _tick(self) -> None:
-        assert self._api
-        with self._lock:
-            self._scheduler.tick(self._clock())
-        self._after()
-        self._api.later(TICK_S, self._tick)
-
-    def _watch_peers(self) -> None:
-        """Once a second: give up on clients that have not been heard of for too long."""
-        assert self._api
-        with self._lock:
-            now = self._clock()
-            for task in self._tasks.values():
-                for peer in list(task.peers.values()):
-                    if not peer.finished and now > peer.seen_at + (4 * SYNC_WAIT_S if peer.native else self._expire_s):
-                        self._leave_locked(task, peer)
-                    if peer.finished and not peer.port and now > peer.seen_at + self._expire_s:  # it serves nobody: nothing else will end it
-                        del task.peers[peer.cid]
-                        self._scheduler.drop_peer(task.task_id, peer.cid, now)
-        self._after()
-        self._api.later(1.0, self._watch_peers)
-
-    def _hung_up(self, task: SwarmTask, peer: Peer, turn: int) -> None:
-        """A client has closed its parked sync: unless it comes back at once, it is gone.  On the API server's thread."""
-        assert self._api
-        if peer.turn == turn:
-            peer.gone = True
-            self._api.later(0.3, lambda: self._lose(task, peer))
-
-    def _lose(self, task: SwarmTask, peer: Peer) -> None:
-        with self._lock:
-            if peer.gone and not peer.finished:
-                self._leave_locked(task, peer)
-        self._after()
-
-    def _leave_locked(self, task: SwarmTask, peer: Peer) -> None:
-        """A client receives no more; what it has it still offers."""
-        peer.finished = True
-        self._scheduler.leave(task.task_id, peer.cid, self._clock())
-
-    def _collect(self) -> None:
-        """Forget tasks that nobody has asked for in a while.  Wire: 10.4"""
-        assert self._api
-        with self._lock:
-            now = self._clock()
-            idle = [t for t in self._tasks.values() if now > t.used_at + self._expire_s and t.cdn.state != CdnTask.RUNNING
-                    and all(peer.finished for peer in t.peers.values())]
-            for task in idle:
-                self._forget_locked(task)
-        self._api.later(5.0, self._collect)
-
-    def _forget_locked(self, task: SwarmTask) -> None:
-        self._tasks.pop(task.task_id, None)
-        self._scheduler.drop_task(task.task_id)
-        if task.follower:
-            task.follower.stop(0.0)
-        self._cdn.release(task.task_id)
-        self.log.info("task %s is no longer in use", task.task_id)
+        self._swarm.stop()
 
     # -- register ------------------------------------------------------------------
 
     def register(self, request: Request) -> Any:
         """POST /peer/registry.  Wire: 1"""
-        if "task" not in request.state or self._judged_by_another(request) or self._forgotten(request.state["task"]):
+        if "task" not in request.state or self._judged_by_another(request) or not self._swarm.lives(request.state["task"]):
             try:
                 self._enter(request, Fields(request))
             except (BadRequest, SourceError) as refusal:
                 return Response.of_json({"code": refusal.code, "msg": str(refusal), "message": str(refusal)}, 400)
         task, peer = request.state["task"], request.state["peer"]
-        error = self._auth_error(task, request.state["origin"])
+        error = task.refusal(request.state["credentials"], self._clock())
         if error is None and task.cdn.state == CdnTask.FAILED:
             error = task.cdn.error
         if error:
@@ -4445,10 +4612,6 @@ class Supernode(CdnEvents):
         """Return whether the origin has refused the task to its first asker, while this one shows other credentials."""
         task = request.state["task"]
         return isinstance(task.cdn.error, NeedAuth) and task.origin.credentials() != request.state["credentials"]
-
-    def _forgotten(self, task: SwarmTask) -> bool:
-        with self._lock:
-            return self._tasks.get(task.task_id) is not task
 
     @staticmethod
     def _worth_waiting(task: SwarmTask, peer: Peer) -> bool:
@@ -4478,13 +4641,13 @@ class Supernode(CdnEvents):
         md5 = fields.text("md5").lower()
         task_url = fields.text("taskUrl") or url
         task_id = task_id_of(task_url, md5, fields.text("identifier"), origin.header("range"), origin.trust())
-        with self._lock:
-            task = self._join_locked(task_id, url, md5, origin, own=same_file(url, task_url))
+        with self._swarm.lock:
+            task = self._swarm.join_locked(task_id, url, md5, origin, own=same_file(url, task_url))
         credentials = origin.credentials()
         request.state.update(task=task, peer=peer, origin=origin, credentials=credentials, until=self._clock() + REGISTER_WAIT_S)
         if task.cdn.state in (CdnTask.WAITING, CdnTask.FAILED):
             task.cdn.ensure(origin)
-        self._prove(task, origin, credentials)
+        self._swarm.prove(task, origin, credentials)
 
     def _peer_of(self, request: Request, fields: Fields) -> Peer:
         import ipaddress
@@ -4502,7 +4665,7 @@ class Supernode(CdnEvents):
             raise BadRequest("path: %.60s: invalid value" % path)
         port = fields.number("port", 0, 65535)
         if port and not self._speaks_for(request, ip):
-            self.log.warn("%s names the address %s, from which it does not call: not offered to others (trusted-peers)", request.client, ip)
+            self._log.warn("%s names the address %s, from which it does not call: not offered to others (trusted-peers)", request.client, ip)
             port = 0
         return Peer(cid, ip, port, path, fields.text("superNodeIp", 256), DFLY_HEADER in request.headers, request.client)
 
@@ -4510,86 +4673,17 @@ class Supernode(CdnEvents):
         """Return whether a caller is the host of that address, or one whose word is good.  Wire: 16 (4)"""
         return request.client == ip or self._trusted.has_address(request.client)
 
-    def _join_locked(self, task_id: str, url: str, md5: str, origin: Origin, own: bool) -> SwarmTask:
-        """Return the task of that id, made if it is new.  `own`: its URL is that of the file.  Raises BadRequest."""
-        task = self._tasks.get(task_id)
-        now = self._clock()
-        if task and not same_file(task.url, url):  # somebody has the task filled from elsewhere.  Wire: 16 (1)
-            if not own:
-                raise BadRequest("rawUrl: %.200s: the task has another file" % url)
-            self._forget_locked(task)
-            task = None
-        if task and task.cdn.state == CdnTask.FAILED and (now > task.cdn.ended_at + self._cdn.retry_s or (
-                isinstance(task.cdn.error, NeedAuth) and task.origin and task.origin.credentials() != origin.credentials())):
-            self._forget_locked(task)  # what its peers hold may be of another version of the file
-            task = None
-        if not task:
-            task = SwarmTask(task_id, url, md5, self._cdn.task(task_id, url, self))
-            task.cid = "cdnnode:%s~%s" % (self.ip, task_id)  # Wire: 2.3
-            task.origin = origin
-            task.secret = "/" + os.urandom(16).hex() if origin.credentials() else ""
-            task.proven[origin.credentials()] = float("inf")  # whoever's request fetches it is judged by that fetch
-            self._tasks[task_id] = task
-            self._scheduler.add_task(task_id, None)
-        task.used_at = now
-        return task
-
-    def _admit_locked(self, task: SwarmTask, peer: Peer, request: Request) -> None:
-        """Take a client in whose right to the file is beyond doubt.  Wire: 16 (2)"""
-        label = request.headers.get(DFLY_HEADER, "").partition(" ")[2]
-        peer.seen_at = self._clock()
-        peer.requests = 1
-        task.peers[peer.cid] = peer
-        pattern = request.headers.get("x-dfly-pattern", "")
-        self._scheduler.add_peer(task.task_id, peer.cid, (peer.ip, peer.port or peer.cid), locate(label, peer.ip), self._clock(),
-                                 serves=peer.port > 0, legacy=not peer.native, seed_only=pattern == "cdn")
-        if self._scheduler.receivers(task.task_id) == 2:  # whoever was alone need not have reported each piece at once until now
-            for other in task.peers.values():
-                if other.native and not other.finished and other is not peer:
-                    self._notify(("peer", task.task_id, other.cid))
-
-    def _prove(self, task: SwarmTask, origin: Origin, credentials: str) -> None:
-        """Have the origin asked whether it would give the file to these credentials too.  Wire: 16 (2)"""
-        with self._lock:
-            if task.proven.get(credentials, 0) > self._clock() or credentials in task.checking:
-                return
-            task.checking.add(credentials)
-        threading.Thread(target=self._check, args=(task, origin, credentials), name="dfly-access", daemon=True).start()
-
-    def _check(self, task: SwarmTask, origin: Origin, credentials: str) -> None:
-        error = None  # type: Optional[DflyError]
-        try:
-            try:
-                origin.open(method="HEAD").close()
-            except SourceError as refusal:
-                if refusal.status not in (403, 405, 501):
-                    raise
-                origin.open(0, 1).close()  # no HEAD here, or a signature that is for GET only
-        except DflyError as failure:
-            error = failure
-        with self._lock:
-            task.checking.discard(credentials)
-            public = "" in task.proven  # whom the origin does not know may read it: then anybody may, also while it can't be asked
-            if error and not (public and getattr(error, "status", 0) not in (401, 403, 407)):
-                task.refused[credentials] = (self._clock() + 10.0, error)
-            else:
-                task.proven[credentials] = self._clock() + 300.0
-        self._notify(("task", task.task_id))
-
-    def _auth_error(self, task: SwarmTask, origin: Origin) -> Optional[DflyError]:
-        until, error = task.refused.get(origin.credentials(), (0.0, None))
-        return error if error and until > self._clock() else None
-
     def _register_failure(self, task: SwarmTask, peer: Peer, error: DflyError) -> Response:
         answer = {"code": error.code if isinstance(error, (SourceError, TlsError)) else SUPER_FAIL, "msg": str(error)}  # type: Dict[str, Any]
         if peer.native:
-            with self._lock:
+            with self._swarm.lock:
                 answer["pause"] = task.next_pause()
         return Response.of_json(answer)
 
     def _registered(self, task: SwarmTask, peer: Peer, request: Request) -> Response:
-        with self._lock:
-            self._admit_locked(task, peer, request)
+        label = request.headers.get(DFLY_HEADER, "").partition(" ")[2]
+        with self._swarm.lock:
+            self._swarm.admit_locked(task, peer, label, seed_only=request.headers.get("x-dfly-pattern", "") == "cdn")
         store = task.cdn.store
         length = store.layout.length if store else None
         if not store and not task.cdn.promised_size:
@@ -4602,7 +4696,7 @@ class Supernode(CdnEvents):
             peer.named = bool(task.cdn.version)
         elif store:
             self._old_client(task)
-        self.log.info("register %s %s as %s (%s)", task.task_id, task.url, peer.cid, "native" if peer.native else "old")
+        self._log.info("register %s %s as %s (%s)", task.task_id, task.url, peer.cid, "native" if peer.native else "old")
         return Response.of_json({"code": SUCCESS, "data": data, "msg": "success"})
 
     def _register_extra(self, task: SwarmTask) -> Dict[str, Any]:
@@ -4616,34 +4710,21 @@ class Supernode(CdnEvents):
     def _old_client(self, task: SwarmTask) -> None:
         """Begin to compute what only an old client asks for, the MD5 of the whole file."""
         try:
-            self._follow(task)
+            self._swarm.follow(task)
         except NoMd5 as error:
-            self.log.warn("%s", error)
+            self._log.warn("%s", error)
 
     # -- the old calls -----------------------------------------------------------------
-
-    def _find(self, task_id: str, cid: str) -> Tuple[SwarmTask, Peer]:
-        """Return a task and its client, both just seen alive.  Raises NoSuchTask."""
-        with self._lock:
-            task = self._tasks.get(task_id)
-            peer = task.peers.get(cid) if task else None
-            if not task or not peer:
-                raise NoSuchTask("failed to get dfgetTask with taskID (%.64s) clientID (%.64s): data not found" % (task_id, cid))
-            now = self._clock()
-            task.used_at = peer.seen_at = now
-            peer.gone = False
-            peer.requests += 1
-            return task, peer
 
     def pull(self, request: Request) -> Any:
         """GET /peer/task: an old client reports a piece and asks for more.  Wire: 3"""
         query = request.query
         try:
-            task, peer = self._find(query.get("taskId", ""), query.get("srcCid", ""))
+            task, peer = self._swarm.find(query.get("taskId", ""), query.get("srcCid", ""))
             if "reported" not in request.state:
                 self._pull_report(task, peer, query)
                 request.state["reported"] = True
-            self._after()
+            self._swarm.after()
             return self._pull_answer(task, peer, request)
         except NoSuchTask as error:
             return Response.of_json({"code": UNKNOWN_TARGET, "msg": str(error)})
@@ -4660,55 +4741,34 @@ class Supernode(CdnEvents):
         if status == STARTED:
             return
         if status == FINISHED:
-            self._leave(task, peer)
+            self._swarm.leave(task, peer)
             return
         if status != RUNNING or result not in (SUCCEEDED, SEMI_SUCCEEDED, FAILED):
             raise BadRequest("status %d, result %d: invalid value" % (status, result))
-        num = self._num_of(task, query.get("range", ""))
-        holder = self._holder_of(task, query.get("dstCid", ""))
-        with self._lock:
+        num = task.num_of(query.get("range", ""))
+        holder = task.holder(query.get("dstCid", ""))
+        with self._swarm.lock:
             if result == FAILED:
-                self._scheduler.failed(task.task_id, peer.cid, num, holder, OTHER, self._clock())
+                self._swarm.scheduler.failed(task.task_id, peer.cid, num, holder, OTHER, self._clock())
             else:
-                self._scheduler.done(task.task_id, peer.cid, num, self._clock(), holder=holder, servable=result == SUCCEEDED)
-
-    def _num_of(self, task: SwarmTask, text: str) -> int:
-        num = (task.cdn.store.layout if task.cdn.store else Layout(None, MIB)).num_of(text)
-        if not self._reportable(task) >> num & 1:
-            raise BadRequest("pieceRange: %.60s: nobody has this piece" % text)
-        return num
-
-    @staticmethod
-    def _reportable(task: SwarmTask) -> int:
-        """Return the mask of the pieces that a client may have: all, or while their count is not known those that we have."""
-        store = task.cdn.store
-        if not store:
-            return 0
-        return store.have if store.layout.count is None else (1 << store.layout.count) - 1
-
-    def _holder_of(self, task: SwarmTask, cid: str) -> str:
-        return SEED if cid == task.cid or cid.startswith("cdnnode:") else cid
-
-    def _leave(self, task: SwarmTask, peer: Peer) -> None:
-        with self._lock:
-            self._leave_locked(task, peer)
+                self._swarm.scheduler.done(task.task_id, peer.cid, num, self._clock(), holder=holder, servable=result == SUCCEEDED)
 
     def _pull_answer(self, task: SwarmTask, peer: Peer, request: Request) -> Any:
         if task.cdn.state == CdnTask.FAILED:
             return Response.of_json({"code": SUPER_FAIL, "msg": "taskID: %s: cdn status is fail: %s" % (task.task_id, task.cdn.error)})
         if not task.cdn.store:
             return self._wait(request, ("task", task.task_id), "the origin has not answered yet")
-        with self._lock:
-            finished = self._scheduler.finished(task.task_id, peer.cid)
+        with self._swarm.lock:
+            finished = self._swarm.scheduler.finished(task.task_id, peer.cid)
         if finished and task.cdn.state == CdnTask.SUCCESS:
             return self._finish(task, peer, request)
-        with self._lock:
-            running = self._scheduler.inflight(task.task_id, peer.cid)
+        with self._swarm.lock:
+            running = self._swarm.scheduler.inflight(task.task_id, peer.cid)
             if not finished:
-                self._scheduler.request(task.task_id, peer.cid, self._down_limit, self._clock())
-            fresh = self._scheduler.take(task.task_id, peer.cid)
+                self._swarm.scheduler.request(task.task_id, peer.cid, self._down_limit, self._clock())
+            fresh = self._swarm.scheduler.take(task.task_id, peer.cid)
             pieces = [(a.num, task.peers.get(a.holder)) for a in fresh or running if a.holder == SEED or a.holder in task.peers]
-        self._after()
+        self._swarm.after()
         pieces = [(num, holder) for num, holder in pieces if task.cdn.store.seal(num)]
         if pieces:
             return Response.of_json({"code": CONTINUE, "data": [self._piece_task(task, peer, num, holder) for num, holder in pieces]})
@@ -4726,12 +4786,12 @@ class Supernode(CdnEvents):
         assert store
         peer.md5_since = peer.md5_since or self._clock()
         try:
-            digest = self._follow(task).digest
+            digest = self._swarm.follow(task).digest
         except NoMd5:
             digest, peer.md5_since = "", -1e9  # there will be none
         if not digest and self._clock() < peer.md5_since + 60.0:
             return self._wait(request, ("md5", task.task_id), "the digest of the whole file is being computed")
-        self._leave(task, peer)
+        self._swarm.leave(task, peer)
         return Response.of_json({"code": FINISH, "data": {"md5": digest, "fileLength": store.layout.wrapped_length}})
 
     def _piece_task(self, task: SwarmTask, peer: Peer, num: int, holder: Optional[Peer]) -> Dict[str, Any]:
@@ -4743,43 +4803,39 @@ class Supernode(CdnEvents):
         if holder:
             piece.update(cid=holder.cid, peerIp=holder.ip, peerPort=holder.port, path=holder.path)
         else:
-            piece.update(cid=task.cid, peerIp=peer.reach or self.ip, peerPort=self._pieces.address[1] if self._pieces else PIECE_PORT,
-                         path=self._piece_path(task))
+            piece.update(cid=task.cid, peerIp=peer.reach or self._ip, peerPort=self._pieces.address[1] if self._pieces else PIECE_PORT,
+                         path=task.piece_path())
         return piece
-
-    @staticmethod
-    def _piece_path(task: SwarmTask) -> str:
-        return "/download/%s/%s%s" % (task.task_id[:3], task.task_id, task.secret)
 
     def piece_succeeded(self, request: Request) -> Response:
         """GET /peer/piece/suc.  Wire: 4.1"""
         query = request.query
         try:
-            task, peer = self._find(query.get("taskId", ""), query.get("cid", ""))
-            num = self._num_of(task, query.get("pieceRange", ""))
+            task, peer = self._swarm.find(query.get("taskId", ""), query.get("cid", ""))
+            num = task.num_of(query.get("pieceRange", ""))
         except (NoSuchTask, BadRequest) as error:
             return Response.of_json({"code": error.code, "msg": str(error), "message": str(error)}, 400 if isinstance(error, BadRequest) else 200)
-        with self._lock:
-            self._scheduler.done(task.task_id, peer.cid, num, self._clock(), holder=self._holder_of(task, query.get("dstCid", "")))
-        self._after()
+        with self._swarm.lock:
+            self._swarm.scheduler.done(task.task_id, peer.cid, num, self._clock(), holder=task.holder(query.get("dstCid", "")))
+        self._swarm.after()
         return Response.of_json({"code": PIECE_REPORTED})
 
     def piece_failed(self, request: Request) -> Response:
         """GET /peer/piece/error: somebody complains.  Only a look at our own bytes decides.  Wire: 4.2, 16 (6)"""
         query = request.query
-        with self._lock:
-            task = self._tasks.get(query.get("taskId", ""))
+        with self._swarm.lock:
+            task = self._swarm.tasks.get(query.get("taskId", ""))
             now = self._clock()
             look = task and task.cdn.store and query.get("dstCid", "").startswith("cdnnode:") and now > task.rechecked_at + 3.0
             if task and look:
                 task.rechecked_at = now
         if task and look and task.origin:
             try:
-                num = self._num_of(task, query.get("range", ""))
+                num = task.num_of(query.get("range", ""))
                 if task.cdn.refetch(num, task.origin):
-                    self.log.error("piece %d of %s was damaged on our disk", num, task.task_id)
-                    with self._lock:
-                        self._scheduler.unseeded(task.task_id, num, self._clock())
+                    self._log.error("piece %d of %s was damaged on our disk", num, task.task_id)
+                    with self._swarm.lock:
+                        self._swarm.scheduler.unseeded(task.task_id, num, self._clock())
             except BadRequest:
                 pass
         return Response.of_json({"code": SUCCESS, "msg": "success"})
@@ -4787,15 +4843,14 @@ class Supernode(CdnEvents):
     def service_down(self, request: Request) -> Response:
         """GET /peer/service/down: a client's uploader no longer has the task.  Wire: 4.3"""
         query = request.query
-        with self._lock:
-            task = self._tasks.get(query.get("taskId", ""))
+        with self._swarm.lock:
+            task = self._swarm.tasks.get(query.get("taskId", ""))
             peer = task.peers.get(query.get("cid", "")) if task else None
             if peer and not self._speaks_for(request, peer.caller):
                 peer = None
             if task and peer:
-                del task.peers[peer.cid]
-                self._scheduler.drop_peer(task.task_id, peer.cid, self._clock())
-        self._after()
+                self._swarm.drop_locked(task, peer)
+        self._swarm.after()
         return Response.of_json({"code": SERVICE_DOWN} if peer else {"code": UNKNOWN_TARGET, "msg": "no such client"})
 
     # -- our own call ------------------------------------------------------------------
@@ -4813,16 +4868,16 @@ class Supernode(CdnEvents):
         if "peer" not in state:
             data = request.json()
             try:
-                task, peer = self._find(str(data.get("task", "")), str(data.get("cid", "")))
+                task, peer = self._swarm.find(str(data.get("task", "")), str(data.get("cid", "")))
             except NoSuchTask as error:
                 return Response.of_json({"code": UNKNOWN_TARGET, "msg": str(error)})
-            with self._lock:
+            with self._swarm.lock:
                 peer.turn += 1
                 self._sync_reports_locked(task, peer, data)
             wait = self._number(data, "wait", 0, SYNC_WAIT_S, SYNC_WAIT_S)
             state.update(task=task, peer=peer, turn=peer.turn, until=self._clock() + wait)
-            self._notify(("peer", task.task_id, peer.cid))  # an older sync that is still parked
-            self._after()
+            self._swarm.notify(("peer", task.task_id, peer.cid))  # an older sync that is still parked
+            self._swarm.after()
         task, peer = state["task"], state["peer"]
         if peer.turn != state["turn"]:
             return Response.of_json({"code": WAIT, "msg": ""})
@@ -4830,7 +4885,7 @@ class Supernode(CdnEvents):
         answer = self._sync_answer(task, peer)
         left = state["until"] - self._clock()
         if answer["code"] == WAIT and not request.expired and left > 0 and answer["eager"] == peer.eager:
-            request.on_gone = lambda: self._hung_up(task, peer, state["turn"])
+            request.on_gone = lambda: self._swarm.hung_up(task, peer, state["turn"])
             return Park(("peer", task.task_id, peer.cid), left)
         if answer["code"] == WAIT:
             answer["msg"] = self._why_waiting(task, peer)
@@ -4846,10 +4901,10 @@ class Supernode(CdnEvents):
         return value
 
     def _sync_reports_locked(self, task: SwarmTask, peer: Peer, data: Dict[str, Any]) -> None:
-        scheduler, now = self._scheduler, self._clock()
+        scheduler, now = self._swarm.scheduler, self._clock()
         done, failed, have = data.get("done", []), data.get("failed", []), data.get("have", "")
         slots, ahead = int(self._number(data, "slots", 0, 64, 0)), int(self._number(data, "queue", 0, 256, 0))
-        known = self._reportable(task)
+        known = task.reportable()
         most = known.bit_length() - 1
         try:
             if have:
@@ -4861,14 +4916,14 @@ class Supernode(CdnEvents):
             for num, holder, seconds, size in done:
                 if not 0 <= int(num) <= most:
                     raise ValueError(num)
-                scheduler.done(task.task_id, peer.cid, int(num), now, holder=self._holder_of(task, str(holder)),
+                scheduler.done(task.task_id, peer.cid, int(num), now, holder=task.holder(str(holder)),
                                seconds=min(max(1e-6, float(seconds)), 3600.0), nbytes=min(max(0, int(size)), MAX_PIECE))
             for num in data.get("soon", []):
                 scheduler.soon(task.task_id, peer.cid, int(num), now)
             for num, holder, why in failed:
                 if not 0 <= int(num) <= most:
                     raise ValueError(num)
-                scheduler.failed(task.task_id, peer.cid, int(num), self._holder_of(task, str(holder)), str(why)[:20], now)
+                scheduler.failed(task.task_id, peer.cid, int(num), task.holder(str(holder)), str(why)[:20], now)
         except (TypeError, ValueError, OverflowError) as error:
             raise BadRequest("done, failed or have: %.80s" % error)
         scheduler.request(task.task_id, peer.cid, slots, now, queue=ahead)
@@ -4876,13 +4931,13 @@ class Supernode(CdnEvents):
     def _sync_answer(self, task: SwarmTask, peer: Peer) -> Dict[str, Any]:
         if task.cdn.state == CdnTask.FAILED:
             error = task.cdn.error
-            with self._lock:
+            with self._swarm.lock:
                 return {"code": error.code if isinstance(error, SourceError) else SUPER_FAIL, "msg": str(error), "pause": task.next_pause()}
-        with self._lock:
+        with self._swarm.lock:
             store = task.cdn.store
-            pieces = self._scheduler.take(task.task_id, peer.cid)
-            finished = self._scheduler.finished(task.task_id, peer.cid)
-            answer = {"code": CONTINUE if pieces else WAIT, "eager": self._scheduler.others(task.task_id, peer.cid)}  # type: Dict[str, Any]
+            pieces = self._swarm.scheduler.take(task.task_id, peer.cid)
+            finished = self._swarm.scheduler.finished(task.task_id, peer.cid)
+            answer = {"code": CONTINUE if pieces else WAIT, "eager": self._swarm.scheduler.others(task.task_id, peer.cid)}  # type: Dict[str, Any]
             if store and store.layout.length is not None:
                 answer["length"] = store.layout.length
             if store and not peer.named:  # the origin had not answered when it registered
@@ -4890,7 +4945,7 @@ class Supernode(CdnEvents):
             if pieces:
                 self._describe_locked(task, peer, pieces, answer)
             elif finished and store and store.layout.length is not None and (task.cdn.state == CdnTask.SUCCESS or not task.md5):
-                self._leave_locked(task, peer)
+                self._swarm.leave_locked(task, peer)
                 answer.update(code=FINISH, version=task.cdn.version)
         return answer
 
@@ -4900,12 +4955,12 @@ class Supernode(CdnEvents):
         for num, cid in pieces:
             if cid == SEED:
                 cid = task.cid
-                answer["holders"][cid] = [peer.reach or self.ip, self._pieces.address[1] if self._pieces else PIECE_PORT, self._piece_path(task)]
+                answer["holders"][cid] = [peer.reach or self._ip, self._pieces.address[1] if self._pieces else PIECE_PORT, task.piece_path()]
             elif cid in task.peers:
                 holder = task.peers[cid]
                 answer["holders"][cid] = [holder.ip, holder.port, holder.path]
             else:  # it left between the decision and now
-                self._scheduler.failed(task.task_id, peer.cid, num, cid, GONE, self._clock())
+                self._swarm.scheduler.failed(task.task_id, peer.cid, num, cid, GONE, self._clock())
                 continue
             seal = store.seal(num) if store else None
             answer["pieces"].append([num, cid, str(seal) if seal else None])
@@ -4917,8 +4972,8 @@ class Supernode(CdnEvents):
         store = task.cdn.store
         if not store:
             return "waiting: the origin has not answered the supernode yet"
-        with self._lock:
-            why = self._scheduler.waiting_for(task.task_id, peer.cid)
+        with self._swarm.lock:
+            why = self._swarm.scheduler.waiting_for(task.task_id, peer.cid)
         if why.missing and not why.seeded:
             return "waiting: piece %d has no holder; the supernode is fetching it at %s/s" % (
                 why.num, show_size(task.cdn.rate(self._clock())))
@@ -4930,12 +4985,12 @@ class Supernode(CdnEvents):
         """GET /download/abc/abcdef…: bytes of the wrapped file.  Ours may ask for a piece that is still to come, and
         gets its seal in a header.  Wire: 5.3"""
         task_id = (request.rest.split("/") + [""])[1]
-        with self._lock:
-            task = self._tasks.get(task_id)
+        with self._swarm.lock:
+            task = self._swarm.tasks.get(task_id)
             store = task.cdn.store if task else None
             if task:
                 task.used_at = self._clock()
-        if not task or not store or "/download/" + request.rest != self._piece_path(task):
+        if not task or not store or "/download/" + request.rest != task.piece_path():
             return Response.of_error(404, "%.100s: no such task" % task_id)
         layout, native = store.layout, DFLY_HEADER in request.headers
         total = layout.wrapped_length if layout.length is not None else MAX_COUNT * layout.size
@@ -4964,7 +5019,7 @@ class Supernode(CdnEvents):
 
     def task_metrics(self, request: Request) -> Response:
         """POST /task/metrics: how a download went.  Wire: 4.4 (`code` 1 keeps dfget 1.0 from sending it twice)"""
-        self.log.info("metrics from %s: %.500s", request.client, json.dumps(request.json()))
+        self._log.info("metrics from %s: %.500s", request.client, json.dumps(request.json()))
         return Response.of_json({"code": 1})
 
     def heartbeat(self, _request: Request) -> Response:
@@ -4984,8 +5039,8 @@ class Supernode(CdnEvents):
         return Response.of_json({"Version": VERSION, "Program": "dfly"})
 
     def _task_named(self, request: Request) -> SwarmTask:
-        with self._lock:
-            task = self._tasks.get(request.rest)
+        with self._swarm.lock:
+            task = self._swarm.tasks.get(request.rest)
         if not task:
             raise NoSuchTask("%.80s: no such task" % request.rest)
         return task
@@ -4995,10 +5050,10 @@ class Supernode(CdnEvents):
         task = self._task_named(request)
         layout = task.cdn.store.layout if task.cdn.store else Layout(None, MIB)
         known = layout.length is not None
-        with self._lock:
-            progress = self._scheduler.progress(task.task_id)
-            isolated = self._scheduler.isolated(task.task_id, self._clock())
-            copies = self._scheduler.seed_copies(task.task_id)
+        with self._swarm.lock:
+            progress = self._swarm.scheduler.progress(task.task_id)
+            isolated = self._swarm.scheduler.isolated(task.task_id, self._clock())
+            copies = self._swarm.scheduler.seed_copies(task.task_id)
             peers = {peer.cid: {"requests": peer.requests, "finished": peer.finished, "isolated": peer.cid in isolated,
                                 "pieces": progress[peer.cid][0], "running": progress[peer.cid][1]} for peer in task.peers.values()}
         return Response.of_json({"ID": task.task_id, "cdnStatus": task.cdn.state, "fileLength": layout.wrapped_length if known else -1,
@@ -5012,25 +5067,26 @@ class Supernode(CdnEvents):
         if request.client not in ("127.0.0.1", "::1", request.server):
             return Response.of_error(403, "tasks are deleted from the supernode's own host only")
         task = self._task_named(request)
-        with self._lock:
-            self._forget_locked(task)
-        self._cdn.delete(task.task_id)
+        with self._swarm.lock:
+            self._swarm.forget_locked(task)
+        self._swarm.cdn.delete(task.task_id)
         return Response.of_json(True)
 
     def metrics(self, _request: Request) -> Response:
         """GET /metrics, for Prometheus."""
         assert self._api and self._pieces
-        with self._lock:
-            rows = [("dfly_tasks", "", len(self._tasks)),
-                    ("dfly_peers", "", sum(len(task.peers) for task in self._tasks.values())),
-                    ("dfly_origin_bytes", "", sum(task.cdn.origin_bytes for task in self._tasks.values())),
+        with self._swarm.lock:
+            rows = [("dfly_tasks", "", len(self._swarm.tasks)),
+                    ("dfly_peers", "", sum(len(task.peers) for task in self._swarm.tasks.values())),
+                    ("dfly_origin_bytes", "", sum(task.cdn.origin_bytes for task in self._swarm.tasks.values())),
                     ("dfly_piece_bytes_sent", "", self._pieces.sent_bytes)]
             rows += [("dfly_requests", '{call="%s"}' % name, count) for name, count in sorted(self._api.requests.items())]
         return Response(200, "".join("%s%s %d\n" % row for row in rows).encode(), "text/plain; version=0.0.4")
 
 
+
 # ==============================================================================
-# 12. Uploader
+# 15. Uploader
 #    A host's piece server: one process for all downloads of a home folder, reached
 #    by them through a socket file and by the world through one port.  Outlives the
 #    downloads; knows no supernode but to say good-bye.
@@ -5489,9 +5545,9 @@ class Companion:
 
 
 # ==============================================================================
-# 13. Downloader
-#    `get`: from a supernode and its peers, piece by piece, or back to source; resume,
-#    the last check, progress and the last lines.
+# 16. Fetching
+#    The threads that fetch pieces from whoever has them, and the line to a supernode,
+#    native or old, on which they are ordered and reported.
 # ==============================================================================
 
 FETCHERS = 3  # pieces under way at once, as many as a peer uploads: where all have as many, the links share out evenly
@@ -6119,6 +6175,12 @@ class PullLine:
         self._pool.close()
 
 
+# ==============================================================================
+# 17. Downloader
+#    `get`: from a supernode and its peers, or back to source; resume, the last check,
+#    progress and the last lines.
+# ==============================================================================
+
 class Progress:
     """What a person sees while it runs: a bar on a terminal, else a line now and then; and why it stands still."""
 
@@ -6667,7 +6729,7 @@ class Download:
 
 
 # ==============================================================================
-# 14. Daemon
+# 18. Daemon
 #    The registry mirror and HTTP proxy of a host's container engines: blobs come by
 #    the swarm, all else straight from where it is asked of.  An idle connection costs
 #    a place in a selector; a request that runs has a thread.
@@ -7359,7 +7421,7 @@ class Daemon:
 
 
 # ==============================================================================
-# 16. Command line
+# 20. Command line
 #    Flags, the programs they start, and what a link's name means.
 # ==============================================================================
 
@@ -7573,8 +7635,8 @@ def run_supernode(arguments: List[str]) -> int:
     cdn = Cdn(options.home, log, TokenBucket(rate), options.fail_access_interval, options.disk_reserve)
     scheduler = Scheduler(up_slots=options.up_limit, seed_slots=options.seed_limit)
     ip = options.advertise_ip or first_address()
-    supernode = Supernode(options.home, ip, log, scheduler, cdn, Fence(options.allow_origins, options.deny_origins),
-                          options.trusted_peers, options.task_expire_time, options.down_limit)
+    swarm = Swarm(ip, log, scheduler, cdn, options.task_expire_time, time.monotonic)
+    supernode = Supernode(swarm, ip, log, Fence(options.allow_origins, options.deny_origins), options.trusted_peers, options.down_limit)
     api_sock, piece_sock = listen(options.bind, options.port), listen(options.bind, options.download_port)
     api = Server(api_sock, Supernode.ROUTES, supernode, log, "api")
     pieces = Server(piece_sock, Supernode.PIECE_ROUTES, supernode, log, "pieces", TokenBucket(rate))

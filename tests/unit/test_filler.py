@@ -1,4 +1,4 @@
-"""Section 8: what a Filler asks an origin for, and when it waits."""
+"""Section 9: what a Filler asks an origin for, and when it waits."""
 import os
 import sys
 

@@ -1,4 +1,4 @@
-"""Section 6: the server and the client on real sockets."""
+"""Sections 6 and 7: the server and the client on real sockets."""
 import os
 import socket
 import sys

@@ -1,4 +1,4 @@
-"""Section 7: what a journal says after any kind of death."""
+"""Section 8: what a journal says after any kind of death."""
 import os
 import sys
 
