@@ -6241,6 +6241,8 @@ class Progress:
 class Download:
     """One run of `get`.  `options` are the parsed flags (see the command line section)."""
 
+    MORE_ROUNDS = 2  # over all supernodes without a new piece, before --notbs gives up
+
     def __init__(self, options: Any, out: Any = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.options = options
         self._clock = clock
@@ -6351,12 +6353,18 @@ class Download:
         if not nodes:
             self.reason = REASON_NO_NODE
             raise NetworkError("no supernode is configured (--node, or [node] address in %s)" % CONFIG)
-        rounds = 3 if self.options.notbs else 1
-        last = None  # type: Optional[DflyError]
-        for attempt in range(rounds * len(nodes)):
-            node = nodes[attempt % len(nodes)]
-            if attempt and attempt % len(nodes) == 0:
-                time.sleep(1.0)  # all have failed: they may be about to come back
+        error, left, best = self._round(nodes, None), self.MORE_ROUNDS if self.options.notbs else 0, 0
+        while error and left:
+            time.sleep(1.0)  # all have failed: they may be about to come back
+            kept = self.store.kept_bytes if self.store else 0
+            left, best = (self.MORE_ROUNDS, kept) if kept > best else (left - 1, best)
+            error = self._round(nodes, error)
+        if error:
+            raise error
+
+    def _round(self, nodes: List[Node], last: Optional[DflyError]) -> Optional[DflyError]:
+        """Try each supernode once, until one brings the file; return why the last one failed (`last`: in the round before)."""
+        for node in nodes:
             try:
                 registration = self._register(node)
             except (NetworkError, Migrate) as error:
@@ -6368,12 +6376,11 @@ class Download:
             try:
                 self.reason = REASON_NONE
                 self._swarm(registration)
-                return
+                return None
             except (NetworkError, Migrate) as error:
                 self.log.warn("supernode %s: %s", node, error)
                 last, self.reason = error, REASON_DOWNLOAD
-        assert last
-        raise last
+        return last
 
     def _prepare(self, node: Node) -> None:
         """Find the own address and the host's uploader; once."""

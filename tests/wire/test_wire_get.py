@@ -293,6 +293,29 @@ def test_a_failing_pull_migrates_and_keeps_its_pieces(old, dfget, origin, blob):
     assert not fetched(origin)
 
 
+def losing(old, data):
+    """Return a supernode that fails its clients after every piece, of which there are more than the client has rounds without any."""
+    node = old.node("fake", data, down_limit=1)
+    served = []
+
+    def pull(request, honest):
+        if len(node.cdn_log) > len(served):
+            served[:] = node.cdn_log
+            return 500
+        return honest()
+    node.script["pull"] = [pull]
+    return node
+
+
+def test_notbs_outlives_any_number_of_failures_as_long_as_pieces_come(old, dfget, origin, blob):
+    data = blob(27 * MIB)
+    url = origin.put("f.bin", data)
+    node = losing(old, data)
+    assert good(dfget(url, "--notbs", node=node.node), data).reason == 0
+    assert node.count("/peer/registry") > 6 and len(node.cdn_log) == 7
+    assert not fetched(origin)
+
+
 def test_an_answer_with_nothing_in_it_does_not_stall_the_download(old, dfget, origin, blob):
     """Wire: 3.5: both old clients idle until their timeout; ours goes on (once) or elsewhere (for good)."""
     data = blob(300000)
