@@ -1913,7 +1913,7 @@ class TaskFile:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise CannotWrite("%s: another download is writing it" % self.data)
+            raise CannotWrite("%s: another download is writing it; wait for that one, or choose another output" % self.data)
 
     def close(self) -> None:
         """Let go of the files; they stay."""
@@ -5603,12 +5603,14 @@ def with_pause(error: DflyError, answer: Dict[str, Any]) -> DflyError:
 
 
 class FinalFailure(DflyError):
-    """What the last line reports: the error, the reason, and whether the origin was allowed."""
+    """What the last line reports: the error, the reason, and whether the origin was allowed.  Wire: 8.3, 8.5"""
 
     def __init__(self, cause: DflyError, reason: int) -> None:
         super().__init__(str(cause))
         self.cause, self.reason = cause, reason
-        self.exit, self.old_exit = cause.exit, cause.old_exit
+        self.auth = isinstance(cause, NeedAuth)
+        self.number = 1103 if self.auth else 1104  # dfget 1.0 exits with what a status has room for of it
+        self.exit, self.old_exit = cause.exit, self.number & 255
 
 
 class Fetchers:
@@ -6711,10 +6713,9 @@ class Download:
         """Print the original's last line, and ours that explains the download.  Wire: 8.3"""
         cost = self._clock() - self.began
         if failure:
-            auth = isinstance(failure.cause, NeedAuth)
             self.progress.line("download FAIL(%d) cost:%.3fs length:%s reason:%d error:%s" % (
-                1103 if auth else 1104, cost, self._length(), failure.reason,
-                json.dumps({"Code": NEED_AUTH if auth else 1104, "Msg": str(failure)})))
+                failure.number, cost, self._length(), failure.reason,
+                json.dumps({"Code": NEED_AUTH if failure.auth else failure.number, "Msg": str(failure)})))
             return
         length = self._length()
         self.progress.line("download SUCCESS cost:%.3fs length:%d reason:%d" % (cost, length, self.reason))

@@ -2,7 +2,7 @@
 import os
 
 import pytest
-from world import DFLY, MB, Command, Supernode, bad, dead_port, md5, wait_for
+from world import DFLY, MB, Command, Supernode, bad, dead_port, good, md5, wait_for
 
 
 @pytest.fixture
@@ -30,6 +30,20 @@ def test_dfget_downloads(dfget, origin, supernode, blob):
     supernode()
     result = dfget("-u", origin.put("f", blob(MB)))
     assert result.code == 0 and result.data == blob(MB), result.out
+
+
+def test_dfget_fails_with_80_while_another_download_writes_the_same_output(dfget, origin, supernode, host, blob):
+    """As 1.0 does with everything that fails once it has begun; 77 is for what fails before."""
+    supernode()
+    here, url = host(), origin.put("f", blob(2 * MB), stall_after=MB)
+    first = here.start(url)
+    wait_for(lambda: any(name.endswith(".journal") for name in here.leftovers()), 20, "a download that has begun")
+    result = bad(dfget("-u", url, "-o", here.path("out")), 80)
+    assert "download FAIL(1104)" in result.stdout and "another download is writing it" in result.stdout, result.out
+    result = bad(here.get(url), 3)
+    assert "another download is writing it" in result.stdout, result.out
+    origin.release("f")
+    good(first.wait(), blob(2 * MB))
 
 
 def test_dfget_fails_with_80_when_the_download_failed(dfget, origin, supernode, blob):
