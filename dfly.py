@@ -281,21 +281,6 @@ def make_folder(path: str, mode: int = 0o755) -> str:
     return path
 
 
-def write_whole(path: str, data: bytes, mode: int = 0o644) -> None:
-    """Write a small file so that a reader sees the old one or the new one and never a part.  Raises CannotWrite."""
-    temporary = "%s.%d.tmp" % (path, os.getpid())
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        try:
-            os.write(fd, data)
-        finally:
-            os.close(fd)
-        os.rename(temporary, path)
-    except OSError as error:
-        remove(temporary)
-        raise os_error(error, path)
-
-
 def remove(path: str) -> None:
     """Remove a file that may already be gone."""
     try:
@@ -306,36 +291,76 @@ def remove(path: str) -> None:
         raise os_error(error, path)
 
 
+def open_owned(path: str, flags: int) -> int:
+    """Open a file that this process alone may write, and return the descriptor; the lock ends with that.
+
+    A file that lost its name between our opening and our locking it is left to its owner, and the next one of that name
+    is tried.  Raises BlockingIOError while another process owns it, OSError.
+    """
+    for _ in range(100):
+        fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            os.close(fd)
+            raise BlockingIOError(errno.EAGAIN, "locked") if error.errno == errno.EACCES else error  # NFS says it so
+        os.close(fd)
+    raise BlockingIOError(errno.EAGAIN, "replaced again and again")
+
+
 class FileLock:
     """An advisory lock between processes; ends with the process, however that ends."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._fd = -1
+        self.fd = -1  # of the file, while the lock is ours
 
     def acquire(self, limit_s: float = 0.0) -> bool:
         """Try for at most `limit_s` seconds; return whether the lock is ours.  Raises CannotWrite."""
-        try:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise os_error(error, self.path)
         deadline = time.monotonic() + limit_s
         while True:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._fd = fd
+                self.fd = open_owned(self.path, os.O_RDWR | os.O_CREAT)
                 return True
-            except (BlockingIOError, PermissionError):
+            except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    os.close(fd)
                     return False
                 time.sleep(0.02)  # flock has no wait with a limit
+            except OSError as error:
+                raise os_error(error, self.path)
 
     def release(self) -> None:
         """Give the lock up; harmless without it."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+WRITE_S = 10.0  # how long to wait for another process that writes the same small file
+
+
+def write_whole(path: str, data: bytes) -> None:
+    """Write a small file so that a reader sees the old one or the new one and never a part.  Raises NoSpace, CannotWrite.
+
+    All writers of `path` use one temporary file, locked: what a killed one leaves is taken up by the next.
+    """
+    temporary = FileLock(path + ".tmp")
+    if not temporary.acquire(WRITE_S):
+        raise CannotWrite("%s: another process is writing it" % path)
+    try:
+        os.ftruncate(temporary.fd, 0)
+        with open(temporary.fd, "wb", closefd=False) as file:
+            file.write(data)
+        os.rename(temporary.path, path)
+    except OSError as error:
+        remove(temporary.path)
+        raise os_error(error, path)
+    finally:
+        temporary.release()
 
 
 class Log:

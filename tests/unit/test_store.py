@@ -1,6 +1,9 @@
 """Section 8: what a journal says after any kind of death."""
 import os
+import signal
+import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -118,3 +121,42 @@ def test_the_md5_of_a_growing_file_is_that_of_the_whole(folder):
         follower.nudge()
     assert follower.wait() == hashlib.md5(b"".join(content(num) for num in range(6))).hexdigest()
     store.close()
+
+
+# -- what lies under it: files that are either whole or absent ---------------------------------------
+def test_a_kill_in_the_middle_of_a_write_leaves_nothing_for_ever(folder):
+    path = folder + "/small"
+    dfly.write_whole(path, b"old")
+    script = "import os, signal, dfly; os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL); dfly.write_whole(%r, b'torn')" % path
+    for _ in range(3):
+        program = subprocess.Popen([sys.executable, "-c", script], cwd=os.path.dirname(dfly.__file__))
+        assert program.wait(20) == -signal.SIGKILL
+    with open(path, "rb") as file:
+        assert file.read() == b"old"
+    assert len(os.listdir(folder)) == 2, "each killed writer leaves a file of its own"
+    dfly.write_whole(path, b"new")
+    with open(path, "rb") as file:
+        assert file.read() == b"new"
+    assert os.listdir(folder) == ["small"]
+
+
+def test_writers_of_the_same_name_do_not_break_each_other(folder):
+    path, texts, errors, seen = folder + "/small", [bytes([65 + i]) * (1 + 5000 * i) for i in range(6)], [], set()
+
+    def write(text):
+        try:
+            for _ in range(20):
+                dfly.write_whole(path, text)
+        except dfly.DflyError as error:
+            errors.append(error)
+    dfly.write_whole(path, texts[0])
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        with open(path, "rb") as file:
+            seen.add(file.read())
+    for thread in threads:
+        thread.join()
+    assert not errors and seen <= set(texts)
+    assert os.listdir(folder) == ["small"]
