@@ -1891,13 +1891,15 @@ class TaskFile:
         """Return a new, empty one in place of whatever was there.  Raises NoSpace, CannotWrite."""
         self = cls(data, journal, about, length, piece_size)
         try:
-            self._fd = os.open(data, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            self._own()
+            self._own(os.O_RDWR | os.O_CREAT)
             os.ftruncate(self._fd, 0)
             self._rewrite()
         except OSError as error:
             self.close()
             raise os_error(error, data)
+        except DflyError:
+            self.close()
+            raise
         return self
 
     @classmethod
@@ -1906,8 +1908,7 @@ class TaskFile:
         Raises CannotWrite while another process writes it."""
         self = cls(data, journal, {}, None, MIB)
         try:
-            self._fd = os.open(data, os.O_RDWR | os.O_CLOEXEC)
-            self._own()
+            self._own(os.O_RDWR)
             self.refresh()
         except OSError:
             self.close()
@@ -1933,11 +1934,11 @@ class TaskFile:
             raise os_error(error, data)
         return self
 
-    def _own(self) -> None:
-        """Make sure that no other process writes this file.  Raises CannotWrite."""
+    def _own(self, flags: int) -> None:
+        """Open the file as the one process that writes it.  Raises CannotWrite while another does, OSError."""
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+            self._fd = open_owned(self.data, flags)
+        except BlockingIOError:
             raise CannotWrite("%s: another download is writing it; wait for that one, or choose another output" % self.data)
 
     def close(self) -> None:
@@ -1949,10 +1950,10 @@ class TaskFile:
             self._fd = self._journal_fd = -1
 
     def delete(self) -> None:
-        """Remove data and journal from the disk."""
-        self.close()
-        remove(self.data)
+        """Remove data and journal from the disk, the data last and still ours: whoever owns the next one has a journal of his own."""
         remove(self.journal)
+        remove(self.data)
+        self.close()
 
     # -- the journal -----------------------------------------------------------
 

@@ -123,6 +123,41 @@ def test_the_md5_of_a_growing_file_is_that_of_the_whole(folder):
     store.close()
 
 
+@pytest.mark.parametrize("finish", [lambda data: os.rename(data, data + ".out"), os.unlink])
+def test_a_file_that_is_finished_while_we_open_it_is_left_alone(folder, monkeypatch, finish):
+    """Its owner gives it its name, or removes it, between our opening it and our locking it."""
+    data, journal, lock = folder + "/data", folder + "/journal", dfly.fcntl.flock
+
+    def late(fd, how):
+        monkeypatch.undo()
+        finish(data)
+        lock(fd, how)
+    create(folder).close()
+    with open(data, "rb") as file:
+        whole = file.read()
+        monkeypatch.setattr(dfly.fcntl, "flock", late)
+        store = create(folder, (1,))
+        assert file.seek(0) == 0 and file.read() == whole, "it was cut"
+    assert os.path.samestat(os.stat(data), os.fstat(store._fd))
+    store.close()
+    monkeypatch.setattr(dfly.fcntl, "flock", late)
+    assert dfly.TaskFile.resume(data, journal) is None
+
+
+def test_what_is_deleted_is_ours_until_it_is_gone(folder, monkeypatch):
+    """Else another process has it, and loses it to us."""
+    store, gone, remove = create(folder), [], dfly.remove
+
+    def watched(path):
+        with pytest.raises(dfly.CannotWrite):
+            dfly.TaskFile.create(folder + "/data", folder + "/journal", {}, LENGTH, SIZE)
+        gone.append(path)
+        remove(path)
+    monkeypatch.setattr(dfly, "remove", watched)
+    store.delete()
+    assert len(gone) == 2 and os.listdir(folder) == []
+
+
 # -- what lies under it: files that are either whole or absent ---------------------------------------
 def test_a_kill_in_the_middle_of_a_write_leaves_nothing_for_ever(folder):
     path = folder + "/small"
