@@ -6126,9 +6126,7 @@ class PullLine:
         order, error = outcome.order, outcome.error
         self._running.discard(order.num)
         if error is None:
-            self._tell("/peer/piece/suc?taskId=%s&cid=%s&dstCid=%s&pieceRange=%s" % (
-                self._registration.task_id, quote(self._cid, safe=":~"), quote(order.cid, safe=":~"), order.range_text))
-            self._owed.append((order.range_text, order.cid, RUNNING, SEMI_SUCCEEDED))
+            self._report_done(order)
             return
         self._failures[order.num, order.cid] += 1
         tries = sum(self._failures.values())
@@ -6141,6 +6139,12 @@ class PullLine:
                 kind, quote(self._cid, safe=":~"), quote(order.cid, safe=":~"), order.host, self._registration.task_id, order.range_text,
                 order.digest))
         self._owed.append((order.range_text, order.cid, RUNNING, FAILED))
+
+    def _report_done(self, order: Order) -> None:
+        """Say that a piece is here; 1.0.6 frees its holder's slot by this report only.  Wire: 4.1, 16 (17)"""
+        self._tell("/peer/piece/suc?taskId=%s&cid=%s&dstCid=%s&pieceRange=%s" % (
+            self._registration.task_id, quote(self._cid, safe=":~"), quote(order.cid, safe=":~"), order.range_text))
+        self._owed.append((order.range_text, order.cid, RUNNING, SEMI_SUCCEEDED))
 
     def _tell(self, target: str) -> None:
         """Send a report whose answer does not matter."""
@@ -6159,7 +6163,7 @@ class PullLine:
             except (KeyError, TypeError, ValueError):
                 raise Migrate("supernode %s hands out what can't be read: %.200s" % (self._node, piece))
             if self._store.have >> order.num & 1:
-                self._owed.append((order.range_text, order.cid, RUNNING, SEMI_SUCCEEDED))
+                self._report_done(order)
             elif order.num not in self._running:
                 self._running.add(order.num)
                 self._fetchers.put(order)
