@@ -834,18 +834,21 @@ def parse_head(data: bytes) -> Tuple[str, Dict[str, str]]:
 
 
 class FileSpan:
-    """A part of a file on its way out; owns a descriptor of its own, so that the file may be dropped meanwhile."""
+    """A part of a file on its way out, by a descriptor of its answer's own, so that the file may be dropped meanwhile.
 
-    __slots__ = ("fd", "offset", "count")
+    The spans of one answer share it, and it goes with the `last` one.
+    """
 
-    def __init__(self, fd: int, offset: int, count: int) -> None:
-        self.fd, self.offset, self.count = fd, offset, count
+    __slots__ = ("fd", "offset", "count", "last")
+
+    def __init__(self, fd: int, offset: int, count: int, last: bool = True) -> None:
+        self.fd, self.offset, self.count, self.last = fd, offset, count, last
 
     def close(self) -> None:
         """Give the descriptor back; once."""
-        if self.fd >= 0:
+        if self.fd >= 0 and self.last:
             os.close(self.fd)
-            self.fd = -1
+        self.fd = -1
 
 
 class Response:
@@ -2167,30 +2170,27 @@ class TaskFile:
 
         Raises NoSuchPiece where a piece of them is not here.  Wire: 5.3
         """
-        segments = []  # type: List[Any]
-        layout = self.layout
-        try:
-            for num in range(start // layout.size, (end - 1) // layout.size + 1):
-                if not self.have >> num & 1:
-                    raise NoSuchPiece("piece %d is not here" % num)
-                base = num * layout.size
-                wrapped = layout.content_range(num)[1] + WRAP
-                for data, offset, count in layout.spans(num, max(start - base, 0), min(end - base, wrapped)):
-                    segments.append(self._span(offset, count) if count else data)
-        except BaseException:
-            Response(200, segments).close()
-            raise
-        return segments
+        layout, parts = self.layout, []  # type: Layout, List[Tuple[bytes, int, int]]
+        for num in range(start // layout.size, (end - 1) // layout.size + 1):
+            if not self.have >> num & 1:
+                raise NoSuchPiece("piece %d is not here" % num)
+            base = num * layout.size
+            wrapped = layout.content_range(num)[1] + WRAP
+            parts += layout.spans(num, max(start - base, 0), min(end - base, wrapped))
+        return self._segments(parts)
 
     def plain_body(self, start: int, end: int) -> List[Any]:
         """Return bytes [start, end) of the plain file as segments of an answer.  Raises NoSuchPiece."""
-        return [self._span(start, end - start)] if end > start else [b""]
+        return self._segments([(b"", start, end - start)])
 
-    def _span(self, offset: int, count: int) -> FileSpan:
+    def _segments(self, parts: List[Tuple[bytes, int, int]]) -> List[Any]:
+        """Return bytes, and (b"", offset, count) of the file, as segments of an answer.  Raises NoSuchPiece."""
+        last = max((i for i, part in enumerate(parts) if part[2] > 0), default=-1)
         try:
-            return FileSpan(os.dup(self._fd), offset, count)
+            fd = os.dup(self._fd) if last >= 0 else -1
         except OSError:
             raise NoSuchPiece("the file is no longer here")
+        return [FileSpan(fd, offset, count, i == last) if count > 0 else data for i, (data, offset, count) in enumerate(parts)]
 
     def read_plain(self, num: int) -> Iterator[Any]:
         """Yield the plain bytes of piece `num`, some at a time."""

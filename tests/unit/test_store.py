@@ -112,6 +112,23 @@ def test_a_finished_file_gets_its_name_and_leaves_nothing_else(folder):
     store.close()
 
 
+def test_an_answer_of_many_pieces_takes_one_descriptor(folder):
+    store = create(folder, range(6))
+    before = len(os.listdir("/proc/self/fd"))
+    answers = [dfly.Response(200, store.wrapped_body(0, store.layout.wrapped_length)) for _ in range(3)]
+    assert len(os.listdir("/proc/self/fd")) == before + 3
+    with pytest.raises(dfly.NoSuchPiece):
+        store.drop([5])
+        store.wrapped_body(0, store.layout.wrapped_length)
+    store.close()
+    body = b"".join(os.pread(s.fd, s.count, s.offset) if isinstance(s, dfly.FileSpan) else s for s in answers[0].segments)
+    assert body == b"".join(dfly.Layout(LENGTH, SIZE).head(num) + content(num) + dfly.TAIL for num in range(6))
+    for answer in answers:
+        answer.close()
+        answer.close()
+    assert len(os.listdir("/proc/self/fd")) == before - 2, "the store had two"
+
+
 def test_the_md5_of_a_growing_file_is_that_of_the_whole(folder):
     import hashlib
     store = create(folder, (1, 0))

@@ -1,10 +1,11 @@
 """The piece port of our supernode: a static file server as far as old clients can see.  Wire: 5"""
 import hashlib
+import socket
 
 import hand as hands
 import pytest
 from rawhttp import Pool
-from world import wait_for
+from world import descriptors, wait_for
 
 MIB = 1 << 20
 
@@ -30,6 +31,19 @@ def test_ranges_in_wrapped_coordinates(ready):
         assert reply.body == whole[start:end + 1], (start, end)
         assert reply.headers["content-range"] == "bytes %d-%d/%d" % (start, end, total)
         assert "content-encoding" not in reply.headers
+
+
+def test_a_reader_of_a_whole_file_costs_few_descriptors(supernode, hand, origin, blob):
+    """Not one a piece: a hundred slow readers would have them all."""
+    node = supernode()
+    client = hand(node)
+    client.join(origin.put("f.bin", blob(24 * MIB)))
+    got, _finish, seen = client.finish()
+    before = descriptors(node.pid)
+    with socket.create_connection((seen[0]["peerIp"], seen[0]["peerPort"]), 20) as reader:
+        reader.sendall(("GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % seen[0]["path"]).encode())
+        assert reader.recv(12, socket.MSG_WAITALL) == b"HTTP/1.1 200"
+        assert len(got) > 90 and descriptors(node.pid) <= before + 4
 
 
 def test_the_last_range_is_clipped(ready):
