@@ -1126,6 +1126,7 @@ class Server:
 
     def _sweep(self) -> None:
         """Once a second: end what has waited too long."""
+        self.later(1.0, self._sweep)
         now = time.monotonic()
         for link in [link for link in self._links if link.deadline <= now]:
             if link.state == _Link.PARKED:
@@ -1135,7 +1136,6 @@ class Server:
                 self._respond(link, Response.of_error(408, "the request did not arrive within %d s" % self.READ_S))
             elif link.state != _Link.WORKING:
                 self._close(link)
-        self.later(1.0, self._sweep)
 
     def _serve(self, link: _Link, events: int) -> None:
         try:
@@ -1255,20 +1255,35 @@ class Server:
             self._take(link, self._outcome(link.route, link.request))
             self._deciding = False
             return
+        if not self._hire(self._busy + 1):
+            self._respond(link, Response.of_error(503, "there is no thread for this request"))
+            return
         self._set(link, _Link.WORKING, 3600.0)
         self._busy += 1
-        if len(self._workers) < min(self._busy, self.WORKERS):
-            worker = threading.Thread(target=self._work, name="dfly-worker-%d" % len(self._workers), daemon=True)
-            self._workers.append(worker)
-            worker.start()
         self._jobs.put((link, link.route, link.request))
+
+    def _hire(self, jobs: int) -> bool:
+        """Have a worker for each of so many jobs, or as many as we may; return whether there is any to do them."""
+        if len(self._workers) < min(jobs, self.WORKERS):
+            worker = threading.Thread(target=self._work, name="dfly-worker-%d" % len(self._workers), daemon=True)
+            try:
+                worker.start()
+            except RuntimeError as error:  # the system has no more for us: those that there are do it in turn
+                self._log.warn("no worker more than %d: %s", len(self._workers), error)
+            else:
+                self._workers.append(worker)
+        return bool(self._workers)
 
     def _work(self) -> None:
         """A worker's life."""
         for link, route, request in iter(self._jobs.get, None):
             outcome = self._outcome(route, request)
-            self.post(lambda link=link, outcome=outcome: self._take(link, outcome))  # type: ignore[misc]
-            self._busy -= 1
+            self.post(lambda link=link, outcome=outcome: self._worked(link, outcome))  # type: ignore[misc]
+
+    def _worked(self, link: _Link, outcome: Any) -> None:
+        """A worker has done its job."""
+        self._busy -= 1
+        self._take(link, outcome)
 
     def _outcome(self, route: Route, request: Request) -> Any:
         """Run a handler; return what it says, or its error as an answer."""

@@ -17,13 +17,13 @@ class Application:
 
 @pytest.fixture
 def serve():
-    """`serve(**handlers)`: a running server that has them under their names; returns it."""
+    """`serve(**handlers)`: a running server that has them under their names (`slow...`: run by workers); returns it."""
     servers = []
 
     def start(**handlers):
         application = Application()
         application.__dict__.update(handlers)
-        routes = [dfly.Route("GET", "/" + name, name) for name in handlers]
+        routes = [dfly.Route("GET", "/" + name, name, name.startswith("slow")) for name in handlers]
         servers.append(dfly.Server(dfly.listen("127.0.0.1", 0), routes, application, dfly.Log(), "test"))
         servers[-1].start()
         return servers[-1]
@@ -62,3 +62,42 @@ def test_a_server_that_only_ever_says_continue_ends_in_its_answer_or_an_error():
         assert pool.ask("127.0.0.1", listening.getsockname()[1], "GET", "/") == (200, b"ok")
         pool.close()
         thread.join()
+
+
+def test_a_server_that_gets_no_thread_says_so_and_goes_on(serve, monkeypatch):
+    server = serve(quick=lambda request: dfly.Response(200, b"quick"), slow=lambda request: dfly.Response(200, b"slow"))
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for _ in range(3):
+            assert ask(server.address, "GET", "/slow").status == 503
+        assert ask(server.address, "GET", "/quick").body == b"quick"
+    assert ask(server.address, "GET", "/slow").body == b"slow"
+
+
+def test_a_server_that_gets_no_more_threads_uses_those_it_has(serve, monkeypatch):
+    busy, go, answers = threading.Event(), threading.Event(), []
+
+    def slow(request):
+        busy.set()
+        assert go.wait(20)
+        return dfly.Response(200, b"slow")
+    server = serve(slow=slow, slower=lambda request: dfly.Response(200, b"slower"))
+    clients = [threading.Thread(target=lambda path=path: answers.append(ask(server.address, "GET", path).body)) for path in ("/slow", "/slower")]
+    clients[0].start()
+    assert busy.wait(20)
+    start = threading.Thread.start
+
+    def refuse(thread):
+        if thread.name.startswith("dfly-worker"):
+            go.set()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        clients[1].start()
+        for client in clients:
+            client.join(20)
+    assert answers == [b"slow", b"slower"]
