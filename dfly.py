@@ -5938,6 +5938,7 @@ class SyncLine:
 
     NEVER = float("inf")
     PATIENCE_S = 0.1  # for a batch to come, before it is asked for again because another piece is here
+    PAUSE_S = (0.05, 1.0)  # before asking again, doubling, whoever does not hold what he has no answer to
     HEADERS = (("Content-Type", "application/json"), (DFLY_HEADER, "1"))
     ENCODE = staticmethod(json.JSONEncoder(separators=(",", ":")).encode)
 
@@ -5955,6 +5956,9 @@ class SyncLine:
         self._send_at = self.NEVER  # when there is something to say that should wait no longer
         self._batches = False  # it gives us more than we can fetch at once
         self._asked_at = -self.NEVER  # when the next batch was asked for, and has not come
+        self._sent_at = 0.0  # when the newest sync went
+        self._pause = 0.0  # the last pause, 0 after an answer with something in it
+        self._again_at = -self.NEVER  # when to ask again, with no sync parked and nothing to say
         self.reason = ""  # why there is nothing to do, in the supernode's words
         self.finished = False
 
@@ -5968,10 +5972,23 @@ class SyncLine:
             self._send_at = now
         elif self._eager and self._reports:
             self._send_at = min(self._send_at, now + HOLD_S)
-        if not self._pending or now >= self._send_at:
+        if now >= self._due_at():
             self._send(FETCHERS)
-        for sock in self._fetchers.wait(max(0.0, min(limit_s, self._send_at - now)), [link.sock for link in self._pending]):
+        for sock in self._fetchers.wait(max(0.0, min(limit_s, self._due_at() - now)), [link.sock for link in self._pending]):
             self._answer(next(link for link in self._pending if link.sock is sock))
+
+    def _due_at(self) -> float:
+        """Return when the next sync is to go: when there is something to say, or, while none is parked, to ask again."""
+        return self._send_at if self._pending else min(self._send_at, self._again_at)
+
+    def _pace(self, news: bool) -> None:
+        """Pause after an answer that has no news and was not held either: a proxy between, or a supernode with too many clients."""
+        now = self._clock()
+        if news or now - self._sent_at >= self.PAUSE_S[1]:
+            self._pause, self._again_at = 0.0, now
+        elif not self._pending:  # else it is the answer to a sync that a newer one has taken the place of
+            self._pause = min(max(2 * self._pause, self.PAUSE_S[0]), self.PAUSE_S[1])
+            self._again_at = now + self._pause
 
     def _runs_low(self, now: float) -> bool:
         """Return whether the fetchers soon have nothing to do, though there are pieces that nobody has asked for."""
@@ -5989,6 +6006,7 @@ class SyncLine:
         queue = AHEAD if slots and self._fetchers.left <= FETCHERS else 0
         if queue and self._batches and self._store.layout.count is not None:
             self._asked_at = self._clock()
+        self._sent_at = self._clock()
         message = {"task": self._registration.task_id, "cid": self._cid, "done": done, "failed": failed, "soon": soon, "slots": slots,
                    "queue": queue}
         if self._have:
@@ -6028,10 +6046,11 @@ class SyncLine:
         else:
             link.close()
         try:
-            self._learn(answer)
+            news = self._learn(answer)
             orders = self._orders(answer) if code == CONTINUE else []
         except (NoSuchPiece, AttributeError, KeyError, TypeError, ValueError):
             raise Migrate("supernode %s hands out what can't be read: %.200s" % (self._node, text.decode("utf-8", "replace")))
+        self._pace(news or bool(orders))
         if code == CONTINUE:
             self.reason, self._asked_at, self._batches = "", -self.NEVER, len(orders) > FETCHERS
             for order in orders:
@@ -6045,8 +6064,9 @@ class SyncLine:
         else:
             raise with_pause(Migrate("supernode %s: code %s: %s" % (self._node, code, answer.get("msg", ""))), answer)
 
-    def _learn(self, answer: Dict[str, Any]) -> None:
-        """Take what an answer says about the file.  Raises ValueError, TypeError."""
+    def _learn(self, answer: Dict[str, Any]) -> bool:
+        """Take what an answer says about the file and who waits for it; return whether that is news.  Raises ValueError, TypeError."""
+        before = self._eager, self._store.layout.length
         self._eager = bool(answer.get("eager", self._eager))
         if answer.get("version") and not self._registration.version:
             self._store.set_version(str(answer["version"]))
@@ -6055,6 +6075,7 @@ class SyncLine:
             if not 0 <= length <= MAX_COUNT * layout.stride or layout.length not in (None, length):
                 raise ValueError(length)
             self._store.set_length(int(length))
+        return before != (self._eager, self._store.layout.length)
 
     def _orders(self, answer: Dict[str, Any]) -> List[Order]:
         """Return the pieces that an answer hands out.  Raises NoSuchPiece, and what Python does of answers of another form."""
