@@ -146,6 +146,10 @@ class CannotWrite(DflyError):
     exit, old_exit, reason = 3, 77, REASON_WRITE
 
 
+class CannotPrepare(CannotWrite):
+    """What a download needs before its first byte can't be written."""
+
+
 class CannotRead(CannotWrite):
     """A file of ours can't be read back."""
 
@@ -5650,8 +5654,8 @@ class FinalFailure(DflyError):
         super().__init__(str(cause))
         self.cause, self.reason = cause, reason
         self.auth = isinstance(cause, NeedAuth)
-        self.number = 1103 if self.auth else 1104  # dfget 1.0 exits with what a status has room for of it
-        self.exit, self.old_exit = cause.exit, self.number & 255
+        self.number = 1103 if self.auth else 1101 if isinstance(cause, CannotPrepare) else 1104
+        self.exit, self.old_exit = cause.exit, self.number & 255  # dfget 1.0 exits with what a status has room for
 
 
 class Fetchers:
@@ -6459,7 +6463,10 @@ class Download:
         self.ip = self.options.ip or ours
         self.cid = "%s-%s" % (self.ip, self.sign)
         if self.options.pattern == "p2p":
-            self.port = self._start_uploader()
+            try:
+                self.port = self._start_uploader()
+            except CannotWrite as error:
+                raise CannotPrepare(str(error))
             if not self.port:
                 self.log.warn("no uploader: this host will not serve others")
 

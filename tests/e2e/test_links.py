@@ -73,7 +73,7 @@ def test_dfget_fails_with_77_when_it_cannot_prepare(world, supernode, origin, ho
         pass
     argv = [world.python, link("dfget"), "--home", here.path("file/home"), "--ip", "127.0.0.1", "-o", here.path("out"), "-n", node.node,
             "-u", origin.put("f", blob(1000))]
-    bad(Command(world, "dfget", argv, here.path("out")).wait(), 77)
+    assert "download FAIL(1101)" in bad(Command(world, "dfget", argv, here.path("out")).wait(), 77).stdout
 
 
 def test_dfget_version_is_printed(world, link):
