@@ -3159,6 +3159,7 @@ class _Peer:
         self.accused = set()  # type: Set[str]  # holders it said were sending wrong bytes
         self.suspended_until = 0.0
         self.suspensions = 0  # one after the other, without a good upload in between
+        self.doubters = set()  # type: Set[str]  # the receivers that brought those about
         self.isolations = 0  # how often it sent wrong bytes to several: each time it is out for longer
         self.seed_retry_at = 0.0
         self.duration = 0.0  # seconds a fetch takes it, averaged
@@ -3259,6 +3260,7 @@ class Scheduler:
     SEED_COPIES = 1.2  # that the seed sends at most to swarms that could do without
     SPARE_SEED_SLOTS = 2  # for those
     SUSPEND_S, ISOLATE_S = 3.0, 60.0
+    LOST_AFTER, LOST_BY = 6, 3  # suspensions (a minute and a half at least), brought about by so many receivers: then nobody is there
     PARTNERS = 12  # hosts in its rack (and elsewhere in its site, and elsewhere) that one looks for; it is found by half as many more
 
     def __init__(self, up_slots: int = 3, seed_slots: int = 3, rng: Optional[random.Random] = None) -> None:
@@ -3466,6 +3468,7 @@ class Scheduler:
         if holder:
             holder.accusers.clear()
             holder.suspensions = 0
+            holder.doubters.clear()
             if seconds and nbytes:
                 speed = nbytes / seconds
                 holder.host.speed = 0.7 * holder.host.speed + 0.3 * speed if holder.host.speed else speed
@@ -3499,7 +3502,10 @@ class Scheduler:
         elif holder.suspended_until <= now and (why in (REFUSED, STALLED) or reports >= 6):
             # Many may say so at once, of many, when a switch or a tracker of connections is overrun: so a short while first
             holder.suspensions += 1
+            holder.doubters.add(peer.cid)
             self._suspend(holder, now, self.SUSPEND_S * 2 ** min(holder.suspensions - 1, 5))
+            if holder.suspensions >= self.LOST_AFTER and len(holder.doubters) >= self.LOST_BY:
+                holder.serves = False  # until it registers again
 
     def _suspend(self, holder: _Peer, now: float, seconds: float) -> None:
         """Have a holder serve nobody for a while."""
@@ -3508,6 +3514,11 @@ class Scheduler:
         self._count(holder, False)
         self._part(holder.host)
         self._index(holder, now)
+
+    def serves(self, task_id: str, cid: str) -> bool:
+        """Return whether a client is, or will again be, offered to others."""
+        peer = self._peer(task_id, cid)
+        return bool(peer and peer.serves)
 
     def isolated(self, task_id: str, now: float) -> Set[str]:
         """Return the cids that serve nobody at present because of what they did again and again."""
@@ -4495,7 +4506,7 @@ class Swarm(CdnEvents):
         self.after()
 
     def _watch_peers(self) -> None:
-        """Once a second: give up on clients that have not been heard of for too long."""
+        """Once a second: give up on clients that have not been heard of for too long, and forget those that serve nobody, too."""
         assert self._api
         with self.lock:
             now = self._clock()
@@ -4503,7 +4514,7 @@ class Swarm(CdnEvents):
                 for peer in list(task.peers.values()):
                     if not peer.finished and now > peer.seen_at + (4 * SYNC_WAIT_S if peer.native else self._expire_s):
                         self.leave_locked(task, peer)
-                    if peer.finished and not peer.port and now > peer.seen_at + self._expire_s:  # it serves nobody: nothing else will end it
+                    if peer.finished and now > peer.seen_at + self._expire_s and not self.scheduler.serves(task.task_id, peer.cid):
                         self.drop_locked(task, peer)
         self.after()
         self._api.later(1.0, self._watch_peers)

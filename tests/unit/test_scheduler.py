@@ -1,0 +1,72 @@
+"""Section 9, where the simulator does not look: what becomes of single peers."""
+import os
+import random
+import sys
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+import dfly  # noqa: E402
+
+RACK = ("site", "rack")
+
+
+class Swarm:
+    """A file of four pieces, a finished holder of all of them, and receivers that have begun nothing."""
+
+    def __init__(self, receivers):
+        self.now, self.scheduler = 0.0, dfly.Scheduler(rng=random.Random(1))
+        self.scheduler.add_task("t", 4)
+        for num in range(4):
+            self.scheduler.seeded("t", num, self.now)
+        self.join("holder", have=0b1111)
+        self.scheduler.leave("t", "holder", self.now)
+        self.receivers = ["r%d" % i for i in range(receivers)]
+        for cid in self.receivers:
+            self.join(cid)
+
+    def join(self, cid, have=0):
+        self.scheduler.add_peer("t", cid, (cid, 1), RACK, self.now, have=have)
+
+    def fail(self, times, why):
+        """Have one receiver after the other fail with the holder, each when that is no longer suspended."""
+        for i in range(times):
+            self.now += 1000.0
+            self.scheduler.tick(self.now)
+            self.scheduler.failed("t", self.receivers[i % len(self.receivers)], 0, "holder", why, self.now)
+
+    def offered(self):
+        """Whether the holder is given to a receiver that comes when it is no longer suspended."""
+        self.now += 1000.0
+        self.scheduler.tick(self.now)
+        self.join("new")
+        self.scheduler.request("t", "new", 4, self.now)
+        found = any(work.holder == "holder" for work in self.scheduler.take("t", "new"))
+        self.scheduler.drop_peer("t", "new", self.now)
+        return found
+
+
+@pytest.mark.parametrize("why", [dfly.REFUSED, dfly.STALLED])
+def test_a_holder_that_nobody_could_reach_is_given_up_in_the_end(why):
+    swarm = Swarm(3)
+    swarm.fail(5, why)
+    assert swarm.scheduler.serves("t", "holder") and swarm.offered()
+    swarm.fail(1, why)
+    assert not swarm.scheduler.serves("t", "holder") and not swarm.offered()
+    swarm.join("holder", have=0b1111)
+    assert swarm.scheduler.serves("t", "holder") and swarm.offered(), "it may come back"
+
+
+def test_a_holder_is_not_given_up_for_what_one_or_two_say():
+    swarm = Swarm(2)
+    swarm.fail(40, dfly.STALLED)
+    assert swarm.scheduler.serves("t", "holder") and swarm.offered()
+
+
+def test_a_holder_that_still_serves_somebody_is_not_given_up():
+    swarm = Swarm(5)
+    for num in range(4):
+        swarm.fail(5, dfly.REFUSED)
+        swarm.scheduler.done("t", "r0", num, swarm.now, holder="holder", seconds=1.0, nbytes=1000)
+    swarm.fail(5, dfly.REFUSED)
+    assert swarm.scheduler.serves("t", "holder") and swarm.offered()
