@@ -1990,11 +1990,11 @@ class TaskFile:
 
     def _rewrite(self) -> None:
         """Write the journal anew with just what is true now.  Raises OSError, CannotWrite."""
-        lines = [self._line("task " + json.dumps(dict(self.about, piece_size=self.layout.size), sort_keys=True))]
-        if self.layout.length is not None:
-            lines.append(self._line("length %d" % self.layout.length))
-        lines += [self._piece_line(num, seal) for num, seal in sorted(self._seals.items())]
         with self._lock:
+            lines = [self._line("task " + json.dumps(dict(self.about, piece_size=self.layout.size), sort_keys=True))]
+            if self.layout.length is not None:
+                lines.append(self._line("length %d" % self.layout.length))
+            lines += [self._piece_line(num, seal) for num, seal in sorted(self._seals.items())]
             if self._journal_fd >= 0:
                 os.close(self._journal_fd)
             write_whole(self.journal, b"".join(lines))

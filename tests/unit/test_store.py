@@ -86,6 +86,24 @@ def test_a_piece_that_was_damaged_on_disk_is_dropped(folder):
     store.close()
 
 
+def test_a_piece_that_comes_while_the_journal_is_written_anew_is_in_it(folder, monkeypatch):
+    store, line = create(folder), dfly.TaskFile._piece_line
+    other = threading.Thread(target=put, args=(store, 4))
+
+    def watched(num, seal):
+        if not other.ident:
+            other.start()
+            other.join(0.2)  # it ends here, or it has to wait for us
+        return line(num, seal)
+    monkeypatch.setattr(dfly.TaskFile, "_piece_line", staticmethod(watched))
+    store.set_version("v2")
+    other.join()
+    store.close()
+    again = dfly.TaskFile.resume(folder + "/data", folder + "/journal")
+    assert again.verify() == 0 and again.have == 0b110101
+    again.close()
+
+
 def test_a_second_process_may_read_along_but_not_write(folder):
     store = create(folder, (0,))
     reader = dfly.TaskFile.attach(folder + "/data", folder + "/journal")
