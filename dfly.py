@@ -4185,7 +4185,8 @@ class Peer:
         self.caller = caller  # the address it called from
         self.reach = reach  # the address by which it reaches us, "" where it did not say
         self.native = native  # speaks /peer/sync
-        self.turn = 0  # number of its newest sync; an older one that is still parked is void
+        self.turn = 0  # number of its newest sync
+        self.parked = set()  # type: Set[int]  # those that wait for an answer; the API server's thread's
         self.seen_at = 0.0  # monotonic
         self.gone = False  # its connection broke while it waited
         self.requests = 0  # control requests, register included
@@ -4495,6 +4496,7 @@ class Swarm(CdnEvents):
     def hung_up(self, task: SwarmTask, peer: Peer, turn: int) -> None:
         """A client has closed its parked sync: unless it comes back at once, it is gone.  On the API server's thread."""
         assert self._api
+        peer.parked.discard(turn)
         if peer.turn == turn:
             peer.gone = True
             self._api.later(0.3, lambda: self._lose(task, peer))
@@ -4912,7 +4914,8 @@ class Supernode:
     # -- our own call ------------------------------------------------------------------
 
     def sync(self, request: Request) -> Any:
-        """POST /peer/sync: reports and requests in one, held until there is something to say.
+        """POST /peer/sync: reports and requests in one, held until there is something to say.  Where an older sync of the same
+        client is still held, that one is answered at once, with what there is, and the newer one takes its place.
 
         Asked: {task, cid, done: [[num, holder, seconds, bytes]], failed: [[num, holder, why]], soon: [num] (about to end), slots
         (fetches at once), queue (more in advance), have (hex mask, first time), wait (seconds)}.  Answered: {code, length?,
@@ -4932,18 +4935,23 @@ class Supernode:
                 self._sync_reports_locked(task, peer, data)
             wait = self._number(data, "wait", 0, SYNC_WAIT_S, SYNC_WAIT_S)
             state.update(task=task, peer=peer, turn=peer.turn, until=self._clock() + wait)
-            self._swarm.notify(("peer", task.task_id, peer.cid))  # an older sync that is still parked
+            if peer.parked:
+                self._swarm.notify(("peer", task.task_id, peer.cid))
             self._swarm.after()
-        task, peer = state["task"], state["peer"]
-        if peer.turn != state["turn"]:
-            return Response.of_json({"code": WAIT, "msg": ""})
+        task, peer, turn = state["task"], state["peer"], state["turn"]
+        left = 0.0 if request.expired else state["until"] - self._clock()
         peer.seen_at = task.used_at = self._clock()
-        answer = self._sync_answer(task, peer)
-        left = state["until"] - self._clock()
-        if answer["code"] == WAIT and not request.expired and left > 0 and answer["eager"] == peer.eager:
-            request.on_gone = lambda: self._swarm.hung_up(task, peer, state["turn"])
-            return Park(("peer", task.task_id, peer.cid), left)
-        if answer["code"] == WAIT:
+        peer.parked.discard(turn)
+        if left <= 0 or turn < min(peer.parked, default=turn + 1):  # else an older one takes what there is, and this one its place
+            answer = self._sync_answer(task, peer)
+            if answer["code"] != WAIT or left <= 0 or answer["eager"] != peer.eager or peer.turn != turn:
+                return self._synced(task, peer, answer, superseded=peer.turn != turn)
+        peer.parked.add(turn)
+        request.on_gone = lambda: self._swarm.hung_up(task, peer, turn)
+        return Park(("peer", task.task_id, peer.cid), left)
+
+    def _synced(self, task: SwarmTask, peer: Peer, answer: Dict[str, Any], superseded: bool) -> Response:
+        if answer["code"] == WAIT and not superseded:
             answer["msg"] = self._why_waiting(task, peer)
         peer.eager = answer.get("eager", peer.eager)
         peer.named = peer.named or "version" in answer
@@ -6023,7 +6031,7 @@ class SyncLine:
             self._asked_at = self._clock()
         self._sent_at = self._clock()
         message = {"task": self._registration.task_id, "cid": self._cid, "done": done, "failed": failed, "soon": soon, "slots": slots,
-                   "queue": queue}
+                   "queue": queue, "wait": SYNC_WAIT_S if slots else 0}
         if self._have:
             message["have"] = "%x" % self._have
             self._have = 0
