@@ -101,3 +101,24 @@ def test_a_server_that_gets_no_more_threads_uses_those_it_has(serve, monkeypatch
         for client in clients:
             client.join(20)
     assert sorted(answers) == [b"slow", b"slower"]
+
+
+HEAP = 64 << 10  # what wakes a reader of a long body, where keep_short has the least window
+
+
+@pytest.mark.parametrize("length", [1, HEAP - 1, HEAP, HEAP + 1, 2 * HEAP, 3 * HEAP + 17, 5 * HEAP - 1])
+@pytest.mark.parametrize("most", [1000, HEAP, 1 << 20])
+def test_the_last_byte_of_a_body_is_never_waited_for_in_vain(serve, length, most):
+    data = bytes(i % 251 for i in range(length))
+    server = serve(body=lambda request: dfly.Response(200, data))
+    link = dfly.HttpLink(*server.address, timeout_s=2.0)
+    for _ in range(2):
+        link.send("GET", "/body")
+        reply = link.reply()
+        link.keep_short(1e6)
+        got, buffer = b"", memoryview(bytearray(most))
+        while len(got) < length:
+            count = reply.read_into(buffer)
+            got += bytes(buffer[:count])
+        assert got == data and reply.reusable
+    link.close()

@@ -1,4 +1,4 @@
-"""Section 13: the conversation of `get` with a supernode, on a clock of the test's."""
+"""Section 16: the conversation of `get` with a supernode, on a clock of the test's."""
 import collections
 import os
 import select
