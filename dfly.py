@@ -3261,7 +3261,7 @@ class Scheduler:
     SPARE_SEED_SLOTS = 2  # for those
     SUSPEND_S, ISOLATE_S = 3.0, 60.0
     LOST_AFTER, LOST_BY = 6, 3  # suspensions (a minute and a half at least), brought about by so many receivers: then nobody is there
-    PARTNERS = 12  # hosts in its rack (and elsewhere in its site, and elsewhere) that one looks for; it is found by half as many more
+    PARTNERS = 10  # hosts in its rack (and elsewhere in its site, and elsewhere) that one looks for; it is found by half as many more
 
     def __init__(self, up_slots: int = 3, seed_slots: int = 3, rng: Optional[random.Random] = None) -> None:
         self._up_slots, self._seed_slots = up_slots, seed_slots
