@@ -975,7 +975,8 @@ class _Link:
 class Server:
     """An HTTP/1.1 server over one listening socket and one thread.
 
-    All links belong to that thread.  Other threads reach it by `notify` and through _posted, a deque and a pipe.
+    All links belong to that thread.  Other threads reach it by `notify` and through _posted, a deque and a pipe; _wake_lock guards
+    the pipe.
     `application` has the handlers that `routes` name: each takes a Request and returns a Response or a Park, or
     raises; a DflyError is answered with its words, anything else with a plain 500 and a log line.
     """
@@ -994,8 +995,9 @@ class Server:
         self._timers = []  # type: List[Tuple[float, int, Callable[[], None]]]
         self._timer_count = 0
         self._posted = collections.deque()  # type: collections.deque
+        self._wake_lock = threading.Lock()
         self._wake_r, self._wake_w = os.pipe()
-        self._woken = False
+        self._woken = False  # there is a byte in the pipe, or no pipe any more
         self._stopping = False
         self._jobs = queue.Queue()  # type: queue.Queue
         self._workers = []  # type: List[threading.Thread]
@@ -1031,9 +1033,12 @@ class Server:
     def post(self, call: Callable[[], None]) -> None:
         """Have the server's thread make a call soon."""
         self._posted.append(call)
-        if threading.current_thread() is not self._thread and not self._woken:
-            self._woken = True
-            os.write(self._wake_w, b"x")
+        if threading.current_thread() is self._thread or self._woken:
+            return
+        with self._wake_lock:
+            if not self._woken:
+                self._woken = True
+                os.write(self._wake_w, b"x")
 
     def later(self, delay_s: float, call: Callable[[], None]) -> None:
         """Have the server's thread make a call in `delay_s` seconds.  From the server's thread, or before `start`."""
@@ -1055,8 +1060,10 @@ class Server:
                 self._close(link)
             self._selector.close()
             self._sock.close()
-            os.close(self._wake_r)
-            os.close(self._wake_w)
+            with self._wake_lock:
+                self._woken = True
+                os.close(self._wake_r)
+                os.close(self._wake_w)
 
     def _turn(self) -> None:
         timeout = 0.0 if self._posted else max(0.0, self._timers[0][0] - time.monotonic())
@@ -4365,10 +4372,10 @@ class Swarm(CdnEvents):
 
     def _tick(self) -> None:
         assert self._api
+        self._api.later(TICK_S, self._tick)
         with self.lock:
             self.scheduler.tick(self._clock())
         self.after()
-        self._api.later(TICK_S, self._tick)
 
     # -- tasks that come and go ----------------------------------------------------
 
@@ -4413,13 +4420,13 @@ class Swarm(CdnEvents):
     def _collect(self) -> None:
         """Forget tasks that nobody has asked for in a while.  Wire: 10.4"""
         assert self._api
+        self._api.later(5.0, self._collect)
         with self.lock:
             now = self._clock()
             idle = [t for t in self.tasks.values() if now > t.used_at + self._expire_s and t.cdn.state != CdnTask.RUNNING
                     and all(peer.finished for peer in t.peers.values())]
             for task in idle:
                 self.forget_locked(task)
-        self._api.later(5.0, self._collect)
 
     # -- whom the origin would let read ----------------------------------------------
 
@@ -4510,6 +4517,7 @@ class Swarm(CdnEvents):
     def _watch_peers(self) -> None:
         """Once a second: give up on clients that have not been heard of for too long, and forget those that serve nobody, too."""
         assert self._api
+        self._api.later(1.0, self._watch_peers)
         with self.lock:
             now = self._clock()
             for task in self.tasks.values():
@@ -4519,7 +4527,6 @@ class Swarm(CdnEvents):
                     if peer.finished and now > peer.seen_at + self._expire_s and not self.scheduler.serves(task.task_id, peer.cid):
                         self.drop_locked(task, peer)
         self.after()
-        self._api.later(1.0, self._watch_peers)
 
 
 # ==============================================================================

@@ -122,3 +122,11 @@ def test_the_last_byte_of_a_body_is_never_waited_for_in_vain(serve, length, most
             got += bytes(buffer[:count])
         assert got == data and reply.reusable
     link.close()
+
+
+def test_who_has_something_to_say_to_a_server_that_has_stopped_is_not_harmed(serve):
+    server = serve()
+    server.stop()
+    server.post(lambda: None)
+    server.notify("key")
+    server.stop()
