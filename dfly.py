@@ -29,8 +29,10 @@ The map:
     15. Uploader        a host's piece server
     16. Fetching        pieces from peers, orders from a supernode
     17. Downloader      get: from supernode and peers, or back to source
-    18. Daemon          registry mirror and proxy: blobs by the swarm, the rest straight
-    20. Command line    flags, the programs, main
+    18. Daemon's door   where container engines knock
+    19. Blobs           files on their way through the daemon
+    20. Daemon          registry mirror and proxy: blobs by the swarm, the rest straight
+    23. Command line    flags, the programs, main
 
 One piece's way: the supernode reads it from the origin once (12), writes it at its offset, knows its digest and
 announces it (13).  The scheduler gives it to a peer that lacks it, from the nearest holder with a free upload slot (11);
@@ -6834,10 +6836,9 @@ class Download:
 
 
 # ==============================================================================
-# 18. Daemon
-#    The registry mirror and HTTP proxy of a host's container engines: blobs come by
-#    the swarm, all else straight from where it is asked of.  An idle connection costs
-#    a place in a selector; a request that runs has a thread.
+# 18. Daemon's door
+#    Where a host's container engines knock: an idle connection costs a place in a
+#    selector; a request that runs has a thread, which reads its body itself.
 # ==============================================================================
 
 DAEMON_PORT = 65001
@@ -7075,6 +7076,12 @@ class Doorway(Server):
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
+# ==============================================================================
+# 19. Blobs
+#    What the daemon has of files from the swarm: one download each, and everybody who
+#    reads along.
+# ==============================================================================
+
 class Blob(ReadAlong):
     """A file on its way from the swarm: one download, and the clients that read along.  Its Blobs guards what it has of its own."""
 
@@ -7259,6 +7266,12 @@ class Blobs:
                 blob.close()
             remove(blob.path)
 
+
+# ==============================================================================
+# 20. Daemon
+#    The registry mirror and HTTP proxy: blobs come by the swarm, all else straight
+#    from where it is asked of.
+# ==============================================================================
 
 class Daemon:
     """Decides what becomes of a request: a blob by the swarm, all else straight to its origin, or a tunnel.  Wire: 11"""
@@ -7526,7 +7539,7 @@ class Daemon:
 
 
 # ==============================================================================
-# 20. Command line
+# 23. Command line
 #    Flags, the programs they start, and what a link's name means.
 # ==============================================================================
 
