@@ -554,6 +554,84 @@ def read_config(path: str, must_exist: bool) -> Dict[str, Dict[str, str]]:
     return {name.lower(): {key.replace("_", "-"): value for key, value in parser.items(name)} for name in parser.sections()}
 
 
+class YamlFile:
+    """As much of YAML as dfdaemon.yml needs: maps, lists and scalars, by indentation; lists of scalars also in brackets.
+
+    `data` has what the file says: truth values as such, everything else as text.  Wire: 11.3
+    """
+
+    _KEY = re.compile(r"^(\"[^\"]*\"|'[^']*'|[^\s\"'\[{#&*!|>%@`-][^:#]*?|-[^\s:]+)\s*:(?:\s+(.*))?$")
+    _COMMENT = re.compile(r"^((?:[^\"'#]|\"(?:\\.|[^\"])*\"|'[^']*'|(?<=\S)#)*)\s#.*$")
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lines = []  # type: List[Tuple[int, str]]  # how far indented, and what
+        try:
+            with open(path, encoding="utf-8") as file:
+                for line in file:
+                    text = self._COMMENT.sub(r"\1", " " + line.rstrip()).rstrip()[1:]
+                    if self._lines and re.search(r"(^|[:-] +)\[[^\]]*$", self._lines[-1][1]):  # brackets may go on for lines
+                        self._lines[-1] = (self._lines[-1][0], self._lines[-1][1] + " " + text.strip())
+                    elif text.strip() and text.strip() != "---" and not text.lstrip().startswith("#"):
+                        self._lines.append((len(text) - len(text.lstrip()), text.strip()))
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadUsage("%s: %s" % (path, getattr(error, "strerror", None) or error))
+        self._at = 0
+        self.data = self._block(self._lines[0][0]) if self._lines else {}  # type: Any
+        if self._at < len(self._lines) or not isinstance(self.data, dict):
+            raise self._bad()
+
+    def _bad(self) -> BadUsage:
+        return BadUsage("%s: can't read %r" % (self._path, self._lines[min(self._at, len(self._lines) - 1)][1]))
+
+    def _block(self, indent: int) -> Any:
+        """Return the map or the list that begins at this line."""
+        found = {}  # type: Dict[str, Any]
+        items = []  # type: List[Any]
+        while self._at < len(self._lines) and self._lines[self._at][0] == indent:
+            text = self._lines[self._at][1]
+            if re.match(r"^-(\s|$)", text):
+                items.append(self._item(indent, text))
+                continue
+            match = self._KEY.match(text)
+            if not match or items:
+                break
+            self._at += 1
+            found[self._scalar(match.group(1))] = self._scalar(match.group(2)) if match.group(2) else self._below(indent)
+        if items and found:
+            raise self._bad()
+        return items or found
+
+    def _item(self, indent: int, text: str) -> Any:
+        rest = text[1:].strip()
+        if self._KEY.match(rest):  # a map that begins on the dash's line
+            inner = indent + len(text) - len(rest)
+            self._lines[self._at] = (inner, rest)
+            return self._block(inner)
+        self._at += 1
+        return self._scalar(rest) if rest else self._below(indent)
+
+    def _below(self, indent: int) -> Any:
+        """Return what stands, further in or as a list, under a key or a dash; "" when nothing does."""
+        if self._at < len(self._lines):
+            inner, text = self._lines[self._at]
+            if inner > indent or (inner == indent and text.startswith("- ") and not self._lines[self._at - 1][1].startswith("-")):
+                return self._block(inner)
+        return ""
+
+    def _scalar(self, text: str) -> Any:
+        if text[:1] == "[" and text[-1:] == "]":
+            return [self._scalar(item) for item in re.findall(r"\"(?:\\.|[^\"])*\"|'[^']*'|[^,\s\[\]][^,\[\]]*", text[1:-1])]
+        if text[:1] == '"' and text[-1:] == '"' and len(text) > 1:
+            return re.sub(r"\\(.)", r"\1", text[1:-1])
+        if text[:1] == "'" and text[-1:] == "'" and len(text) > 1:
+            return text[1:-1].replace("''", "'")
+        if text[:1] in ("{", "|", ">", "&", "*", "!", "[", '"', "'"):
+            raise BadUsage("%s: can't read %r" % (self._path, text))
+        text = text.strip()
+        return text == "true" if text in ("true", "false") else "" if text in ("null", "~") else text
+
+
 # ==============================================================================
 # 4. Pieces
 #    A file is cut into pieces; on the wire each wears a 4-byte head and a 1-byte
@@ -7826,6 +7904,58 @@ def _go_flags(arguments: List[str]) -> List[str]:
     return [re.sub(r"=true$", "", text) for text in arguments if not re.match(r"^--\w+=false$", text)]
 
 
+DAEMON_YML = "/etc/dragonfly/dfdaemon.yml"
+
+
+def _from_dfget_flags(flags: List[str]) -> List[str]:
+    """Return as flags of the daemon what dfdaemon.yml would have it call dfget with.  Wire: 11.2"""
+    parser = get_parser("dfget_flags")
+    given, arguments = parser.parse_args([str(flag) for flag in flags]), []
+    for name, flag in (("ip", "--ip"), ("port", "--peerport"), ("expiretime", "--expiretime"), ("filter", "--urlfilter"), ("locallimit", "--ratelimit"),
+                       ("totallimit", "--ratelimit"), ("callsystem", "--callsystem"), ("home", "--home"), ("location", "--location")):
+        if getattr(given, name) != parser.get_default(name):
+            arguments += [flag, str(getattr(given, name))]
+    if given.nodes != parse_nodes(parser.get_default("nodes")):
+        arguments += ["--node", ",".join("%s=%d" % (node, node.weight) for node in given.nodes)]
+    return arguments + ["--" + name for name in ("notbs", "verbose", "insecure") if getattr(given, name)]
+
+
+def _from_yml(path: str) -> List[str]:
+    """Return as flags what a dfdaemon.yml says.  Raises BadUsage.  Wire: 11.3"""
+    data = dict(YamlFile(path).data)
+    mirror, proxies, flags = data.pop("registry_mirror", None) or {}, data.pop("proxies", None) or [], data.pop("dfget_flags", None) or []
+    data.pop("logConfig", None)
+    if data.pop("hijack_https", None):
+        sys.stderr.write("dfdaemon: %s: hijack_https is not part of this version: HTTPS through the proxy is tunnelled\n" % path)
+    if not isinstance(mirror, dict) or not isinstance(flags, list) or not isinstance(proxies, list) or not all(isinstance(rule, dict) for rule in proxies):
+        raise BadUsage("%s: registry_mirror is a map, proxies a list of maps, dfget_flags a list" % path)
+    data.update({name: mirror.pop(key) for key, name in (("remote", "registry"), ("insecure", "insecure"), ("certs", "cacerts")) if key in mirror})
+    if "supernodes" in data:
+        data["node"] = data.pop("supernodes")
+    if any(mirror.values()):
+        raise BadUsage("%s: registry_mirror has what is not part of this version: %s" % (path, ", ".join(mirror)))
+    arguments = _from_dfget_flags(flags)
+    for key, value in data.items():
+        arguments += ["--" + key] if value is True else ["--%s=%s" % (key, ",".join(value) if isinstance(value, list) else value)] if value else []
+    for rule in proxies:
+        words = [str(rule.get("regx", ""))] + [word for word in ("direct", "use_https") if rule.get(word) is True]
+        arguments += ["--proxy=" + " ".join(words + (["redirect=" + rule["redirect"]] if rule.get("redirect") else []))]
+    return arguments
+
+
+def _with_yml(arguments: List[str], old: bool) -> List[str]:
+    """Return the arguments with those of a dfdaemon.yml, if that is the configuration, before them."""
+    for at, text in enumerate(arguments):
+        name, _, path = text.partition("=")
+        count = 1 if path else 2
+        path = path or "".join(arguments[at + 1:at + 2])
+        if name == "--config" and path.endswith((".yml", ".yaml")):
+            return _from_yml(path) + arguments[:at] + arguments[at + count:]
+        if name == "--config":
+            return arguments
+    return (_from_yml(DAEMON_YML) if old and os.path.exists(DAEMON_YML) else []) + arguments
+
+
 def _daemon_options(options: Any) -> Callable[[str], Any]:
     """Return what makes the flags of `get` for a URL that the daemon downloads.  Wire: 11.2"""
     import copy
@@ -7867,7 +7997,7 @@ def _not_through_us(hosts: Tuple[str, ...], port: int) -> None:
 
 def run_daemon(arguments: List[str], old: bool) -> int:
     """`daemon` and `dfdaemon`: serve until a signal comes.  Wire: 11"""
-    options = _parse(daemon_parser("dfdaemon" if old else "dfly.py daemon"), "daemon", _go_flags(arguments))
+    options = _parse(daemon_parser("dfdaemon" if old else "dfly.py daemon"), "daemon", _with_yml(_go_flags(arguments), old))
     if options.version:
         print("dfdaemon version:%s" % VERSION)
         return 0

@@ -512,6 +512,44 @@ def test_the_configuration_has_a_section_for_it(world, origin, host):
     assert (env["registry"], env["expiretime"], env["proxy"], env["nodes"]) == (base(origin), 300.0, ["rpm$ direct", "deb$"], ["127.0.0.1:7"])
 
 
+YML = """
+registry_mirror:
+  remote: %s     # comment
+  insecure: false
+proxies:
+- regx: no-swarm
+  direct: true
+- regx: rpm$
+dfget_flags: ["--node","127.0.0.1:7","--expiretime","5m0s","-f",
+              "a&b"]
+hijack_https: {}
+hostIp: 127.0.0.1
+port: 0
+workHome: %s
+ratelimit: 20M
+logConfig:
+  maxSize: 40
+"""
+
+
+def test_the_original_s_configuration_file_is_read(world, origin, host):
+    path, link = os.path.join(world.root, "dfdaemon.yml"), os.path.join(world.root, "dfdaemon")
+    os.symlink(DFLY, link)
+    here = host()
+    with open(path, "w") as file:
+        file.write((YML % (base(origin), here.home)).replace("{}", "\n  cert: x\n  key: y"))
+    daemon = Daemon(world, "dfdaemon", [world.python, link, "--config", path, "--ratelimit=10M"])
+    env = daemon.ask("/env").json
+    assert (env["registry"], env["expiretime"], env["urlfilter"], env["nodes"]) == (base(origin), 300.0, "a&b", ["127.0.0.1:7"])
+    assert env["proxy"] == ["no-swarm direct", "rpm$"] and env["ratelimit"] == 10 * MB
+    assert len(daemon.stderr.splitlines()) == 1 and "hijack_https" in daemon.stderr
+    for text in ("a: {", "bogus: 1", "registry_mirror: x", "proxies: [a]", "registry_mirror:\n  direct: true", "port: 99999"):
+        with open(path, "w") as file:
+            file.write(text)
+        result = Command(world, "dfdaemon", [world.python, link, "--config", path, "--workHome", here.path("other")]).wait(20)
+        assert result.code == (14 if "port" in text else 10) and len(result.stderr.splitlines()) == 1, (text, result.out)
+
+
 BAD = [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET\r\n\r\n", b"GET x HTTP/1.1\r\n\r\n", b"GET ftp://x/ HTTP/1.1\r\n\r\n", b"GET http:/// HTTP/1.1\r\n\r\n",
        b"GET http://h:99999/ HTTP/1.1\r\n\r\n", b"GET http://[::1/ HTTP/1.1\r\n\r\n", b"PUT /v2/x HTTP/1.1\r\nContent-Length: x\r\n\r\n",
        b"PUT /v2/x HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"CONNECT / HTTP/1.1\r\n\r\n", b"CONNECT h HTTP/1.1\r\n\r\n" * 0 + b"CONNECT :1 HTTP/1.1\r\n\r\n",
