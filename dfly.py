@@ -2470,15 +2470,17 @@ class ReadAlong:
             assert self._length is not None
             return self._length
 
-    def sendable(self, at: int, gone: Callable[[], bool]) -> int:
-        """Wait until bytes from `at` on may be sent; return up to which.  Raises what the download has ended with, Stalled,
-        NetworkError when the client is `gone`."""
+    def sendable(self, at: int, gone: Callable[[], bool]) -> Tuple[int, int]:
+        """Wait until bytes from `at` on may be sent; return the descriptor to send from, and up to which.
+
+        Raises what the download has ended with, Stalled, NetworkError when the client is `gone`.
+        """
         passed, deadline = -1, 0.0
         while True:
             with self._changed:
                 limit = self._limit_locked()
                 if self._length is not None and (limit > at or self._right):
-                    return limit
+                    return self._spans[-1].fd, limit
                 if self._error:
                     raise self._error
                 if self._passed != passed:
@@ -2493,11 +2495,6 @@ class ReadAlong:
         if self._right or not self.digest:
             return self._passed
         return max(0, min(self._passed, (self._length or 0) - self.HELD))
-
-    @property
-    def fd(self) -> int:
-        """The descriptor to send from."""
-        return self._spans[-1].fd
 
     @property
     def version(self) -> str:
@@ -6980,6 +6977,8 @@ class Caller:
         self.line = HttpLink(request.client, 0, CLIENT_S, sock=link.sock, ahead=ahead)
         self.chunked = "chunked" in request.headers.get("transfer-encoding", "").lower()
         self.length = None if self.chunked else Server._body_length(request.headers)  # of the body
+        if self.length is not None and self.length < 0:
+            raise BadRequest("Transfer-Encoding: %.60r is not known here" % request.headers["transfer-encoding"])
         self.unread = self.has_body = self.length != 0
         self.started = False  # the answer's head is on its way
         self._chunks = False  # the answer goes out in chunks
@@ -7051,13 +7050,14 @@ class Caller:
 
     def refuse(self, status: int, message: str) -> None:
         """Answer with an error in a registry's own form, which engines show to their users; or hang up in an answer's middle."""
-        if self.started:
-            self.keep = False
-            return
         body = _to_json({"errors": [{"code": "UNAVAILABLE" if status >= 500 else "UNSUPPORTED", "message": message}]}).encode()
-        self.answer(status, "", [("Content-Type", "application/json")], len(body))
-        if self.request.method != "HEAD":
-            self.send(body)
+        try:
+            if self.started:
+                raise NetworkError(message)
+            self.answer(status, "", [("Content-Type", "application/json")], len(body))
+            self.send(b"" if self.request.method == "HEAD" else body)
+        except NetworkError:
+            self.keep = False
 
     def _send(self, data: Any) -> None:
         try:
@@ -7099,8 +7099,13 @@ class Doorway(Server):
         self._watch(link, 0)
         link.state = _Link.WORKING
         thread = threading.Thread(target=self._lend, args=(link, caller), name="dfly-client", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more
+            link.sock.setblocking(False)
+            return self._refuse(link, 503, "there is no thread left for this request")
         self._handed[link] = thread
-        return thread.start()
+        return None
 
     def _lend(self, link: _Link, caller: Caller) -> None:
         """The life of a request's thread."""
@@ -7109,22 +7114,15 @@ class Doorway(Server):
             self._app.handle(caller)
         except DflyError as error:
             self._log.warn("%s %s from %s: %s", request.method, request.target, request.client, error)
-            self._say(caller, error.http, str(error))
+            caller.refuse(error.http, str(error))
         except Exception as error:  # noqa: BLE001 a fault of ours: the client gets no traceback, the log does
             import traceback
             self._log.error("%s %s: %s", request.method, request.target, traceback.format_exc())
-            self._say(caller, 500, "internal error: %s" % type(error).__name__)
+            caller.refuse(500, "internal error: %s" % type(error).__name__)
         if self._stopping:
             link.sock.close()
         else:
             self.post(lambda: self._take_back(link, caller))
-
-    @staticmethod
-    def _say(caller: Caller, status: int, message: str) -> None:
-        try:
-            caller.refuse(status, message)
-        except NetworkError:  # the client is gone
-            caller.keep = False
 
     def _take_back(self, link: _Link, caller: Caller) -> None:
         del self._handed[link]
@@ -7243,8 +7241,8 @@ class Blobs:
                     return None
                 blob = Blob(url, digest, os.path.join(self.repo, hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()))
                 blob.proven[credentials] = now + PROVEN_S
-                self._blobs[url] = blob
                 threading.Thread(target=self._run, args=(blob, headers), name="dfly-blob", daemon=True).start()
+                self._blobs[url] = blob
             blob.users += 1
             return blob
 
@@ -7396,7 +7394,7 @@ class Daemon:
                 self._proxy(caller)
             else:
                 raise BadRequest("neither a path nor an http URL: %.200r" % request.target)
-        except (BadUsage, ValueError) as error:  # a host, or a URL, that is none
+        except BadUsage as error:  # a host that is none
             raise BadRequest("%.200r: %s" % (request.target, error))
 
     # -- what is asked ------------------------------------------------------------
@@ -7412,7 +7410,10 @@ class Daemon:
     def _proxy(self, caller: Caller) -> None:
         """A whole URL: the first rule that matches decides.  Wire: 11.1"""
         url = caller.request.target
-        host, port = split_host(urlsplit(url).netloc.rpartition("@")[2], 80)
+        try:
+            host, port = split_host(urlsplit(url).netloc.rpartition("@")[2], 80)
+        except ValueError as error:
+            raise BadRequest("%.200r: %s" % (url, error))
         if port == self.port and host in ("127.0.0.1", "localhost", "::1", caller.request.server):
             parts = urlsplit(url)
             return self._mirror(caller, (parts.path or "/") + ("?" + parts.query if parts.query else ""))
@@ -7475,15 +7476,15 @@ class Daemon:
         at = int(ranged.group(1)) if ranged else 0
         if ranged and at >= length:
             raise NoSuchPiece("the file has %d bytes" % length)
-        limit = blob.sendable(at, caller.gone)
+        fd, limit = blob.sendable(at, caller.gone)
         headers = [("Content-Range", "bytes %d-%d/%d" % (at, length - 1, length))] if ranged else []
         caller.answer(206 if ranged else 200, "", headers + self._blob_headers(blob), length - at)
         self.counts["blobs"] += 1
         while at < length:
-            caller.send_file(blob.fd, at, limit)
+            caller.send_file(fd, at, limit)
             self.counts["blob_bytes"] += limit - at
             at = limit
-            limit = blob.sendable(at, caller.gone)
+            fd, limit = blob.sendable(at, caller.gone)
 
     @staticmethod
     def _blob_headers(blob: Blob) -> List[Tuple[str, str]]:
@@ -7529,7 +7530,11 @@ class Daemon:
     @staticmethod
     def _join(url: str, onward: str) -> str:
         from urllib.parse import urljoin
-        following = urljoin(url, onward)
+        try:
+            following = urljoin(url, onward)
+            urlsplit(following)
+        except ValueError:
+            following = ""
         if not re.match(r"^https?://[^/?#]+", following, re.I):
             raise BadGateway("%s redirects to what is no http URL: %.200r" % (url, onward))
         return following
