@@ -3829,7 +3829,7 @@ class Scheduler:
         fastest = max([h.host.speed for h in holders] or [0.0]) or 1.0
         load = {h: 0.0 for h in holders}
         for num in nums_of(wanted)[:count]:
-            able = [h for h in holders if h.offers >> num & 1] if task.seeded >> num & 1 else []
+            able = [h for h in holders if h.offers >> num & 1 and (h.suspensions < 2 or now < peer.seed_retry_at)] if task.seeded >> num & 1 else []
             best = min(able, key=lambda h: load[h]) if able else None
             if best:
                 load[best] += fastest / (best.host.speed or fastest)
@@ -5724,6 +5724,11 @@ class Order(NamedTuple):
     plain: bool = False  # `cdnSource: source`: unwrapped bytes from the origin itself.  Wire: 5.4
 
     @property
+    def from_peer(self) -> bool:
+        """Whether neither the origin nor a supernode is asked."""
+        return not self.plain and not self.cid.startswith("cdnnode:")
+
+    @property
     def old(self) -> bool:
         """Whether the digest is the MD5 of the wrapped piece."""
         return bool(self.digest) and not self.digest.startswith("sha256:")
@@ -5762,11 +5767,10 @@ class FinalFailure(DflyError):
 
 
 class Fetchers:
-    """The threads that move pieces of one download.  _lock guards _claims, _left, _ending and the totals.
+    """The threads that move pieces of one download.  _lock guards _claims, _shunned, _left, _ending and the totals.
 
     Orders go in by `put`, outcomes come out of `outcomes`; `wake_fd` becomes readable when there is one.
     """
-
 
     def __init__(self, store: TaskFile, bucket: TokenBucket, headers: List[Tuple[str, str]], count: int, log: Log) -> None:
         self._store, self._bucket, self._headers, self._log = store, bucket, headers, log
@@ -5779,6 +5783,7 @@ class Fetchers:
         self.received = 0  # bytes, good or bad, to see whether anything moves
         self._lock = threading.Lock()
         self._claims = {}  # type: Dict[int, Tuple[threading.Lock, List[Any]]]  # who may write a piece
+        self._shunned = {}  # type: Dict[Tuple[str, int], float]  # peers that have just kept us waiting, until when
         self._queue = queue.Queue()  # type: queue.Queue
         self._left = 0  # orders put and not ended
 
@@ -5840,6 +5845,7 @@ class Fetchers:
             except DflyError as failure:
                 error = failure
                 self._log.warn("piece %d from %s: %s", order.num, join_host(order.host, order.port), failure)
+                self._shun(order, failure)
             except Exception as failure:  # noqa: BLE001 a fault of ours must not leave the download waiting for this piece
                 import traceback
                 self._log.error("piece %d: %s", order.num, traceback.format_exc())
@@ -5854,12 +5860,21 @@ class Fetchers:
             self.outcomes.append(Outcome(order, time.monotonic() - started, length, error))
             os.write(self._wake_w, b"x")
 
+    def _shun(self, order: Order, error: DflyError) -> None:
+        """Ask a peer that has just kept us waiting for no other piece in a while: each would cost a thread as much time."""
+        if isinstance(error, TimedOut) and order.from_peer and not isinstance(error, _Shunned):
+            with self._lock:
+                self._shunned[order.host, order.port] = time.monotonic() + PEER_SILENCE_S
+
     # -- one piece ---------------------------------------------------------------
 
     def _fetch(self, order: Order, buffer: Any) -> int:
         """Fetch, check, write and journal one piece; return its plain bytes, 0 if another was faster."""
         if self._store.have >> order.num & 1:
             return 0
+        with self._lock:
+            if self._shunned.get((order.host, order.port), 0.0) > time.monotonic():
+                raise _Shunned("%s has just kept another piece waiting" % join_host(order.host, order.port))
         layout = self._store.layout
         start = int(order.range_text.partition("-")[0])
         exact = "bytes=%d-%d" % (start, start + self._length_of(order) + (0 if order.plain else WRAP) - 1)  # Wire: 7.6 (0.2's last piece)
@@ -5871,7 +5886,7 @@ class Fetchers:
             parts = urlsplit(order.path)
             target = order.path.split(parts.netloc, 1)[1] if parts.netloc else order.path
         link, reply = self._pool.open(order.host, order.port, "GET", target, headers,
-                                      timeout_s=SEED_SILENCE_S if order.cid.startswith("cdnnode:") else PEER_SILENCE_S)
+                                      timeout_s=PEER_SILENCE_S if order.from_peer else SEED_SILENCE_S)
         if self._pace:
             lead = min(AHEAD_S, AHEAD_TRIPS * link.keep_short(self._pace))
             self._lead += 0.2 * (lead - self._lead)
@@ -5954,7 +5969,7 @@ class Fetchers:
     def _check_pace(self, order: Order, pace: float) -> None:
         """Give up on a peer that only drips, and on one far slower than the others while pieces wait for a thread.  Raises TimedOut."""
         least = max(PEER_LEAST, self._pace / 20 if self._queue.qsize() else 0.0)
-        if pace < least and not order.plain and not order.cid.startswith("cdnnode:"):
+        if pace < least and order.from_peer:
             raise TimedOut("%s sends %s/s" % (join_host(order.host, order.port), show_size(pace)))
 
     def _length_of(self, order: Order) -> int:
@@ -6009,6 +6024,10 @@ class Fetchers:
                 return False
             self._store.seal_piece(order.num, seal, reread=True)
             return True
+
+
+class _Shunned(TimedOut):
+    """A fetch that was not begun, since its peer has just kept another one waiting."""
 
 
 class _Superseded(DflyError):
@@ -6707,7 +6726,7 @@ class Download:
         for outcome in outcomes:
             if isinstance(outcome.error, (NoSpace, CannotWrite)):
                 raise outcome.error
-            if not outcome.error and not outcome.order.cid.startswith("cdnnode:"):
+            if not outcome.error and outcome.order.from_peer:
                 self._peers.add(outcome.order.cid)
         if self._md5:
             self._md5.nudge()

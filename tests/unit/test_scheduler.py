@@ -70,3 +70,13 @@ def test_a_holder_that_still_serves_somebody_is_not_given_up():
         swarm.scheduler.done("t", "r0", num, swarm.now, holder="holder", seconds=1.0, nbytes=1000)
     swarm.fail(5, dfly.REFUSED)
     assert swarm.scheduler.serves("t", "holder") and swarm.offered()
+
+
+def test_a_lone_receiver_leaves_a_holder_that_keeps_failing_for_the_seed():
+    swarm = Swarm(1)
+    for _ in range(2):
+        swarm.fail(1, dfly.STALLED)
+    swarm.now += 1000.0
+    swarm.scheduler.tick(swarm.now)
+    swarm.scheduler.request("t", "r0", 4, swarm.now, queue=4)
+    assert [work.holder for work in swarm.scheduler.take("t", "r0")] == [dfly.SEED] * 4
