@@ -439,10 +439,10 @@ def raw(address: Tuple[str, int], request: bytes, timeout: float = 20.0, half_cl
 
 
 def read_answer(s: socket.socket, head_only: bool = False) -> Answer:
-    """Read one HTTP answer from a connection."""
+    """Read one HTTP answer from a connection, and nothing of what may follow it."""
     data = b""
-    while b"\r\n\r\n" not in data:
-        more = _receive(s)
+    while not data.endswith(b"\r\n\r\n"):
+        more = _receive(s, 1)
         if not more:
             return Answer(0, {}, data)
         data += more
@@ -454,16 +454,16 @@ def read_answer(s: socket.socket, head_only: bool = False) -> Answer:
         return Answer(status, headers, b"")
     wanted = int(headers["content-length"]) if "content-length" in headers else None
     while wanted is None or len(body) < wanted:
-        more = _receive(s)
+        more = _receive(s, 65536 if wanted is None else wanted - len(body))
         if not more:
             break
         body += more
     return Answer(status, headers, body)
 
 
-def _receive(s: socket.socket) -> bytes:
+def _receive(s: socket.socket, most: int) -> bytes:
     try:
-        return s.recv(65536)
+        return s.recv(most)
     except ConnectionError:
         return b""
 

@@ -64,6 +64,7 @@ def test_clients_that_ask_at_the_same_time_share_one_download(origin, supernode,
     for answer in answers:
         whole(answer, data)
     assert origin.gets(path[1:]) == 1
+    wait_for(lambda: os.path.exists(os.path.join(here.home, "logs", "dfclient.log")))  # it is written behind the last byte
     with open(os.path.join(here.home, "logs", "dfclient.log")) as log:
         assert log.read().count("|" + origin.base) == 1
 
