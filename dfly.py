@@ -807,9 +807,21 @@ def filter_url(url: str, names: str) -> str:
     return base + "?" + "&".join(kept) if kept else base
 
 
+def content_of(task_url: str) -> str:
+    """Return `sha256:…` where a task is named by what is in its file, as the daemon names that of a blob; "" where by a URL.
+
+    Wherever such a file comes from, whoever takes it holds it against its name.
+    """
+    return task_url if re.match(r"^sha256:[0-9a-f]{64}$", task_url) else ""
+
+
 def same_file(url: str, other: str) -> bool:
-    """Return whether two URLs differ at most in their queries: only those may tell a task's URL from its file's.  Wire: 2.2, 16 (1)"""
-    return url.partition("?")[0] == other.partition("?")[0]
+    """Return whether two URLs differ at most in their queries: only those may tell a task's URL from its file's.  Wire: 2.2, 16 (1)
+
+    If `other` names a blob's content, `url` may be any registry's blob of that digest.
+    """
+    path = url.partition("?")[0]
+    return path == other.partition("?")[0] or bool(content_of(other)) and path.endswith("/blobs/" + other)
 
 
 def task_id_of(task_url: str, md5: str = "", identifier: str = "", range_header: str = "", trust: str = "") -> str:
@@ -2302,6 +2314,10 @@ class TaskFile:
         """Yield the plain bytes of piece `num`, some at a time."""
         return self._read(*self.layout.content_range(num))
 
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Return bytes of the file, fewer at its end.  Raises CannotRead."""
+        return b"".join(bytes(view) for view in self._read(offset, length))
+
     def stamp(self) -> Tuple[int, int, int]:
         """Return what changes when somebody edits the file: size, time of change, inode."""
         stat = os.fstat(self._fd)
@@ -2577,9 +2593,10 @@ class Origin:
     TIMEOUT_S = 30.0
 
     def __init__(self, url: str, headers: Any = (), insecure: bool = False, cacerts: Any = (), fence: Optional[Fence] = None,
-                 timeout_s: float = TIMEOUT_S) -> None:
+                 timeout_s: float = TIMEOUT_S, content: str = "") -> None:
         self.url = url
         self.timeout_s = timeout_s  # without a byte
+        self.content = content  # as content_of says it: then that is the only version there is
         self.headers = collections.OrderedDict()  # type: Dict[str, str]
         for name, value in headers:
             known = next((k for k in self.headers if k.lower() == name.lower()), name)
@@ -2604,6 +2621,8 @@ class Origin:
     def credentials(self) -> str:
         """Return a fingerprint of what this asker would show the origin.  Two equal ones may read the same."""
         shown = sorted((k.lower(), v) for k, v in self.headers.items() if k.lower() not in ("range", "user-agent", "accept", "x-forwarded-for"))
+        if self.content:  # many sites may have it, and each judges for itself
+            shown.append(("host", urlsplit(self.url).netloc))
         return hashlib.sha256(json.dumps(shown).encode()).hexdigest() if shown else ""
 
     def trust(self) -> str:
@@ -2611,9 +2630,35 @@ class Origin:
 
         It makes a task of its own: who trusts less must not get what was fetched by trusting more.  Wire: 16 (9)
         """
-        if not self.url.lower().startswith("https:") or not (self.insecure or self.cacerts):
+        if self.content or not self.url.lower().startswith("https:") or not (self.insecure or self.cacerts):
             return ""
         return "\0insecure" if self.insecure else "\0" + hashlib.sha256("\0".join(self.cacerts).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def vouch(self) -> None:
+        """Ask whether it would give the file to this asker.  Raises as `open`."""
+        try:
+            self.open(method="HEAD").close()
+        except SourceError as refusal:
+            if refusal.status not in (403, 405, 501):
+                raise
+            self.open(0, 1).close()  # no HEAD here, or a signature that is for GET only
+
+    def prove(self, store: "TaskFile") -> None:
+        """Ask for some bytes that `store` has: anybody can say that he has a file, and would give it.  Raises SourceError as `open`
+        and where they are others, NoSuchPiece, CannotRead."""
+        start, length = store.layout.content_range(random.choice(nums_of(store.have) or [0]))
+        at = start + random.randrange(max(1, length - (1 << 14)))
+        end = min(at + (1 << 14), start + length)
+        reply, found = self.open(at, end), bytearray(end - at)
+        try:
+            count, more = 0, 1
+            while more and count < len(found):
+                more = reply.read_into(memoryview(found)[count:])
+                count += more
+        finally:
+            reply.close()
+        if reply.start != at or found[:count] != store.read_at(at, end - at):
+            raise SourceError("%s: it says that it has %s, but sends something else" % (self.url, self.content))
 
     def open(self, start: int = 0, end: Optional[int] = None, headers: Any = (), method: str = "GET") -> "OriginReply":
         """Ask for bytes [start, end) (all, if both are left out) of our file; return the answer once its head is there.
@@ -2757,6 +2802,8 @@ class OriginReply:
     @property
     def version(self) -> str:
         """What tells this file from the next one under the same URL; "" when the origin says nothing of the kind."""
+        if self._origin.content:
+            return self._origin.content + "||"
         if not (self.etag or self.modified):
             return ""
         return "%s|%s|%s" % (self.etag, self.modified, "" if self.length is None else self.length)
@@ -2791,14 +2838,14 @@ def same_version(one: str, other: str) -> bool:
 def if_none_match(version: str) -> List[Tuple[str, str]]:
     """Return the headers that make the origin answer 304 while it still has `version`.  Wire: 10.3"""
     etag, modified, _ = version_parts(version)
-    return [pair for pair in (("If-None-Match", etag), ("If-Modified-Since", modified)) if pair[1]]
+    return [pair for pair in (("If-None-Match", etag), ("If-Modified-Since", modified)) if pair[1] and not content_of(etag)]
 
 
 def if_range(version: str) -> List[Tuple[str, str]]:
     """Return the header that makes the origin send the whole file when it no longer has `version`."""
     etag, modified, _ = version_parts(version)
     mark = etag if etag and not etag.startswith("W/") else modified
-    return [("If-Range", mark)] if mark else []
+    return [("If-Range", mark)] if mark and not content_of(etag) else []
 
 
 class Filler:
@@ -4102,6 +4149,9 @@ class CdnTask:
         """Ask the origin for the file, or whether it has changed; None when it can't be reached and we have it all."""
         whole = kept is not None and kept.layout.count is not None and kept.claimed == kept.layout.count
         try:
+            if whole and origin.content:
+                origin.vouch()
+                return None
             return origin.open(headers=if_none_match(kept.about["version"]) if kept else ())
         except NeedAuth:
             raise
@@ -4294,6 +4344,7 @@ class SwarmTask:
         self.proven = {}  # type: Dict[str, float]  # credentials -> until when (monotonic) the origin need not be asked again
         self.refused = {}  # type: Dict[str, Tuple[float, DflyError]]  # the same for those it refused
         self.checking = set()  # type: Set[str]
+        self.begun = threading.Event()  # there is a piece, or there will be none
         self.follower = None  # type: Optional[Md5Follower]
         self.sent_away = 0  # clients that were told that it has failed
         self.rechecked_at = -1e9  # monotonic: when a complaint about our own pieces was last looked into
@@ -4302,6 +4353,16 @@ class SwarmTask:
         """Return the seconds after which the next client may ask the origin itself.  Wire: 16 (40)"""
         self.sent_away += 1
         return min(HERD_MOST_S, round(HERD_S * (self.sent_away - 1), 3))
+
+    def filled_by_another(self, origin: Origin) -> bool:
+        """Return whether what is here came from another site than the one that this asker names."""
+        return bool(content_of(self.url) and self.origin and urlsplit(origin.url).netloc != urlsplit(self.origin.url).netloc)
+
+    def judged_for_another(self, origin: Origin) -> bool:
+        """Return whether the fetch has failed for its first asker in a way that says nothing about this one."""
+        if not self.cdn.error or not self.origin:
+            return False
+        return self.filled_by_another(origin) or (isinstance(self.cdn.error, NeedAuth) and self.origin.credentials() != origin.credentials())
 
     def refusal(self, credentials: str, now: float) -> Optional[DflyError]:
         """Return why the origin has lately refused the file to these credentials, None if it has not."""
@@ -4399,6 +4460,7 @@ class Swarm(CdnEvents):
         with self.lock:
             mine = self.tasks.get(task.task_id)
             if mine:
+                mine.begun.set()
                 self.scheduler.seeded(task.task_id, num, self._clock())
                 if mine.follower:
                     mine.follower.nudge()
@@ -4410,16 +4472,36 @@ class Swarm(CdnEvents):
         with self.lock:
             mine = self.tasks.get(task.task_id)
             peers = list(mine.peers) if mine else []
-        if mine and mine.md5 and task.state == task.SUCCESS and task.store:
-            digest = self.follow(mine).wait()
-            if digest != mine.md5.lower():
-                task.state, task.error = task.FAILED, WrongBytes(task.url, mine.md5, digest)
+        if mine and task.state == task.SUCCESS:
+            try:
+                self._judge(mine)
+            except (WrongBytes, CannotRead, NoMd5) as error:
+                task.state, task.error = task.FAILED, error
+        if mine:
+            mine.begun.set()
         self.notify(("task", task.task_id))
         for cid in peers:
             self.notify(("peer", task.task_id, cid))
         if task.state == task.FAILED and task.store:
             for num in range(min(task.store.layout.count or 0, MAX_COUNT)):
                 self._notify_pieces(("piece", task.task_id, num))
+
+    def _judge(self, task: SwarmTask) -> None:
+        """Hold a file that is here against what it must be.  Raises WrongBytes, CannotRead, NoMd5."""
+        store = task.cdn.store
+        assert store and store.layout.count is not None
+        if task.md5:
+            digest = self.follow(task).wait()
+            if digest != task.md5.lower():
+                raise WrongBytes(task.url, task.md5, digest)
+        elif content_of(task.url):
+            found = hashlib.sha256()
+            for num in range(store.layout.count):
+                for view in store.read_plain(num):
+                    found.update(view)
+            if "sha256:" + found.hexdigest() != task.url:
+                remove(store.journal)  # of no use to anybody
+                raise WrongBytes(task.url, task.url, "sha256:" + found.hexdigest())
 
     def follow(self, task: SwarmTask) -> Md5Follower:
         """Return the task's MD5 follower, started if it is new; its store must be known."""
@@ -4460,13 +4542,12 @@ class Swarm(CdnEvents):
         """Return the task of that id, made if it is new.  `own`: its URL is that of the file.  Raises BadRequest."""
         task = self.tasks.get(task_id)
         now = self._clock()
-        if task and not same_file(task.url, url):  # somebody has the task filled from elsewhere.  Wire: 16 (1)
+        if task and not same_file(url, task.url):  # somebody has the task filled from elsewhere.  Wire: 16 (1)
             if not own:
                 raise BadRequest("rawUrl: %.200s: the task has another file" % url)
             self.forget_locked(task)
             task = None
-        if task and task.cdn.state == CdnTask.FAILED and (now > task.cdn.ended_at + self.cdn.retry_s or (
-                isinstance(task.cdn.error, NeedAuth) and task.origin and task.origin.credentials() != origin.credentials())):
+        if task and task.cdn.state == CdnTask.FAILED and (now > task.cdn.ended_at + self.cdn.retry_s or task.judged_for_another(origin)):
             self.forget_locked(task)  # what its peers hold may be of another version of the file
             task = None
         if not task:
@@ -4518,12 +4599,13 @@ class Swarm(CdnEvents):
     def _check(self, task: SwarmTask, origin: Origin, credentials: str) -> None:
         error = None  # type: Optional[DflyError]
         try:
-            try:
-                origin.open(method="HEAD").close()
-            except SourceError as refusal:
-                if refusal.status not in (403, 405, 501):
-                    raise
-                origin.open(0, 1).close()  # no HEAD here, or a signature that is for GET only
+            if task.filled_by_another(origin):
+                task.begun.wait(Origin.TIMEOUT_S)
+                if not task.cdn.store or not task.cdn.store.have:
+                    raise SourceError("%s: nothing of it is here yet against which to hold what %s sends" % (task.url, origin.url))
+                origin.prove(task.cdn.store)
+            else:
+                origin.vouch()
         except DflyError as failure:
             error = failure
         with self.lock:
@@ -4730,7 +4812,8 @@ class Supernode:
 
     def register(self, request: Request) -> Any:
         """POST /peer/registry.  Wire: 1"""
-        if "task" not in request.state or self._judged_by_another(request) or not self._swarm.lives(request.state["task"]):
+        if "task" not in request.state or request.state["task"].judged_for_another(request.state["origin"]) \
+                or not self._swarm.lives(request.state["task"]):
             try:
                 self._enter(request, Fields(request))
             except (BadRequest, SourceError) as refusal:
@@ -4748,12 +4831,6 @@ class Supernode:
         if checking:
             return Response.of_json({"code": SYSTEM_ERROR, "msg": "the origin does not say whether this client may read %s" % task.url})
         return self._registered(task, peer, request)
-
-    @staticmethod
-    def _judged_by_another(request: Request) -> bool:
-        """Return whether the origin has refused the task to its first asker, while this one shows other credentials."""
-        task = request.state["task"]
-        return isinstance(task.cdn.error, NeedAuth) and task.origin.credentials() != request.state["credentials"]
 
     @staticmethod
     def _worth_waiting(task: SwarmTask, peer: Peer) -> bool:
@@ -4779,12 +4856,15 @@ class Supernode:
                 cas.append(base64.b64decode(text, validate=True).decode("ascii"))
             except ValueError:
                 raise BadRequest("rootCAs: invalid value")
-        origin = Origin(url, headers, fields.flag("insecure"), cas, self._fence)
         md5 = fields.text("md5").lower()
         task_url = fields.text("taskUrl") or url
+        content = content_of(task_url)
+        if content and not same_file(url, content):
+            raise BadRequest("rawUrl: %.200s: is no blob of the digest that taskUrl names" % url)
+        origin = Origin(url, headers, fields.flag("insecure"), cas, self._fence, content=content)
         task_id = task_id_of(task_url, md5, fields.text("identifier"), origin.header("range"), origin.trust())
         with self._swarm.lock:
-            task = self._swarm.join_locked(task_id, url, md5, origin, own=same_file(url, task_url))
+            task = self._swarm.join_locked(task_id, content or url, md5, origin, own=same_file(url, task_url))
         credentials = origin.credentials()
         request.state.update(task=task, peer=peer, origin=origin, credentials=credentials, until=self._clock() + REGISTER_WAIT_S)
         if task.cdn.state in (CdnTask.WAITING, CdnTask.FAILED):
@@ -6434,7 +6514,7 @@ class Download:
 
     MORE_ROUNDS = 2  # over all supernodes without a new piece, before --notbs gives up
 
-    def __init__(self, options: Any, out: Any = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, options: Any, out: Any = None, clock: Callable[[], float] = time.monotonic, content: str = "") -> None:
         self.options = options
         self._clock = clock
         self.began = clock()
@@ -6445,8 +6525,8 @@ class Download:
         self.url = options.url
         self.headers = parse_headers(options.header)
         self.origin = Origin(self.url, self.headers, options.insecure, options.cacerts,
-                             timeout_s=min(Origin.TIMEOUT_S, options.timeout or Origin.TIMEOUT_S))
-        self.task_url = filter_url(self.url, options.filter)
+                             timeout_s=min(Origin.TIMEOUT_S, options.timeout or Origin.TIMEOUT_S), content=content)
+        self.task_url = content or filter_url(self.url, options.filter)
         self.task_id = task_id_of(self.task_url, options.md5, options.identifier, self.origin.header("range"), self.origin.trust())
         self.target = self._target()
         folder, name = os.path.split(self.target)
