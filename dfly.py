@@ -291,7 +291,7 @@ def remove(path: str) -> None:
     """Remove a file that may already be gone."""
     try:
         os.unlink(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
         raise os_error(error, path)
@@ -2061,6 +2061,8 @@ class TaskFile:
     def close(self) -> None:
         """Let go of the files; they stay."""
         with self._lock:
+            if self._fd >= 0:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)  # an answer under way may have a descriptor of its own, which would keep it
             for fd in (self._fd, self._journal_fd):
                 if fd >= 0:
                     os.close(fd)
@@ -2389,7 +2391,7 @@ class ReadAlong:
     """A file that others read from its beginning while it grows, its end only when its digest is right.  One thread writes the
     store, one runs `digest_along`, any number wait in `sendable`.  _changed guards everything with an underscore."""
 
-    PROGRESS_S = 60.0  # without a byte more, before those that wait are sent elsewhere
+    PROGRESS_S = 30.0  # without a byte more, before those that wait are sent elsewhere
     HELD = 1 << 20  # bytes of the end that wait for the digest; a smaller file does as a whole
 
     def __init__(self, name: str, digest: str) -> None:
@@ -2405,7 +2407,7 @@ class ReadAlong:
 
     # -- who writes -----------------------------------------------------------
 
-    def follow(self, store: TaskFile) -> None:
+    def follow(self, store: Any) -> None:
         """Take what `store` gains from now on.  Raises NoSuchPiece."""
         with self._changed:
             if store is self._store:
@@ -2517,6 +2519,16 @@ class ReadAlong:
         """What the origin says of the file's version."""
         return self._store.about.get("version", "") if self._store else ""
 
+    @property
+    def store(self) -> Any:
+        """Where its bytes are; None before the first has come."""
+        return self._store
+
+    def progress(self) -> Dict[str, Optional[int]]:
+        """Return how many bytes have come without a gap, and how many there will be (None: not known yet)."""
+        with self._changed:
+            return {"bytes": self._passed, "length": self._length}
+
     def close(self) -> None:
         """Give the descriptors back; when nobody reads or writes any more."""
         for span in self._spans:
@@ -2621,8 +2633,8 @@ class Origin:
     def credentials(self) -> str:
         """Return a fingerprint of what this asker would show the origin.  Two equal ones may read the same."""
         shown = sorted((k.lower(), v) for k, v in self.headers.items() if k.lower() not in ("range", "user-agent", "accept", "x-forwarded-for"))
-        if self.content:  # many sites may have it, and each judges for itself
-            shown.append(("host", urlsplit(self.url).netloc))
+        if self.content:  # many repositories may have it, and each judges for itself
+            shown.append(("url", self.url.partition("?")[0]))
         return hashlib.sha256(json.dumps(shown).encode()).hexdigest() if shown else ""
 
     def trust(self) -> str:
@@ -3056,11 +3068,14 @@ class Upstream:
     CONNECT_S = 10.0  # TLS included
     ANSWER_S = 120.0  # without a byte: a registry may have to commit a large layer first
 
-    def __init__(self, registry: str, insecure: bool, cacerts: List[str]) -> None:
-        self._own = urlsplit(registry).netloc  # the site that the next two concern
-        self._insecure, self._cacerts = insecure, cacerts
+    def __init__(self, trust: Dict[str, Tuple[bool, List[str]]]) -> None:
+        self._trust = trust  # by site: whether any certificate is good, and more CAs
         self._lock = threading.Lock()
         self._idle = collections.defaultdict(list)  # type: Dict[Tuple[str, str], List[Any]]
+
+    def trust(self, url: str) -> Tuple[bool, List[str]]:
+        """Return whether any certificate of a URL's site is good, and the CAs that count there besides the system's."""
+        return self._trust.get(urlsplit(url).netloc, (False, []))
 
     def ask(self, method: str, url: str, headers: Any, body: Optional[Iterator[bytes]] = None, length: Optional[int] = 0) -> Tuple[Any, Any]:
         """Send a request with a body of `length` bytes (None: as many as come), and return (connection, answer) once the
@@ -3114,8 +3129,7 @@ class Upstream:
         try:
             way = split_host(urlsplit(proxy).netloc.rpartition("@")[2], 80) if proxy else (host, port)
             if parts.scheme == "https":
-                own = parts.netloc == self._own
-                context = tls_context(self._insecure and own, self._cacerts if own else ())
+                context = tls_context(*self.trust(parts.geturl()))
                 connection = http.client.HTTPSConnection(way[0], way[1], timeout=self.CONNECT_S, context=context)  # type: Any
                 if proxy:
                     connection.set_tunnel(host, port)
@@ -7028,7 +7042,12 @@ _HOP = frozenset("connection keep-alive proxy-connection proxy-authenticate prox
 _OURS = frozenset("host range accept-encoding content-length expect".split())
 _BLOB = re.compile(r"^.+/blobs/sha256:([0-9a-f]{64})$")
 _OPEN_RANGE = re.compile(r"^bytes=(\d{1,18})-$")
-_PUBLISHED = re.compile(r"^[0-9a-f]{64}$")
+_BY_URL, _BY_DIGEST = re.compile(r"^[0-9a-f]{64}$"), re.compile(r"^sha256-[0-9a-f]{64}$")  # names of whole files
+SILENT_S = 20.0  # how long a supernode that has not answered is not asked again
+MANIFEST = 4 << 20  # bytes that a manifest may have for us to look into it
+SIZES = 10000  # blobs whose size is remembered
+_MANIFEST = re.compile(r"^application/vnd\.(docker\.distribution|oci\.image)\.manifest\.")
+_TOKEN = re.compile(r"[?&](service|scope)=")
 
 
 class BadSetting(BadUsage):
@@ -7064,6 +7083,53 @@ class Rule(NamedTuple):
         parts = urlsplit(url)
         return url.replace("%s://%s" % (parts.scheme, parts.netloc),
                            "%s://%s" % ("https" if self.use_https else parts.scheme, self.redirect or parts.netloc), 1)
+
+
+class Registry(NamedTuple):
+    """A registry whose mirror this is: its name as `?ns=` has it ("": the one without), where it is, and whom to trust there."""
+
+    name: str
+    url: str
+    insecure: bool = False
+    cacerts: Tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> "Registry":
+        """Return the registry `NAME=URL [insecure] [cacerts=FILE,…]`.  Raises BadSetting."""
+        where, *words = text.split() or [""]
+        name, _, url = where.partition("=")
+        known = {word.partition("=")[0]: word.partition("=")[2] for word in words}
+        if not name or not re.match(r"^https?://[^/?#\s]+", url, re.I) or set(known) - {"insecure", "cacerts"}:
+            raise BadSetting("not a mirror: %r (write NAME=URL [insecure] [cacerts=FILE,…])" % text, 10)
+        return cls(name, url.rstrip("/"), "insecure" in known, tuple(filter(None, known.get("cacerts", "").split(","))))
+
+
+class Once:
+    """Questions that several ask at the same time, asked once.  _lock guards _asked."""
+
+    WAIT_S = 30.0  # for whoever asks first
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked = {}  # type: Dict[Any, Tuple[threading.Event, List[Any]]]
+
+    def ask(self, key: Any, question: Callable[[], Any]) -> Any:
+        """Return what `question` returns to the first who asks with this key, also to those who do so meanwhile; to these None when
+        it raises."""
+        with self._lock:
+            others = self._asked.get(key)
+            if not others:
+                mine = self._asked[key] = (threading.Event(), [])
+        if others:
+            others[0].wait(self.WAIT_S)
+            return others[1][0] if others[1] else None
+        try:
+            mine[1].append(question())
+            return mine[1][0]
+        finally:
+            with self._lock:
+                del self._asked[key]
+            mine[0].set()
 
 
 class Caller:
@@ -7261,26 +7327,57 @@ class Blob(ReadAlong):
     """A file on its way from the swarm: one download, and the clients that read along.  Its Blobs guards what it has of its own."""
 
     def __init__(self, url: str, digest: str, path: str) -> None:
-        super().__init__(url, digest)
-        self.url, self.path = url, path
+        super().__init__(digest and "sha256:" + digest or url.partition("?")[0], digest)  # a query may have a signature in it
+        self.url, self.path = url, path  # as its first client asked for it; where it will be
         self.users = 0  # clients
-        self.used_at = time.monotonic()
+        self.began = self.used_at = time.monotonic()
         self.proven = {}  # type: Dict[str, float]  # fingerprints of credentials, and until when they are good
         self.unwanted = False  # nobody waits for it: the download shall end
         self.ended = False  # its threads have
 
-    def close(self) -> None:
-        """Give back its place on the disk."""
+    def close(self, keep: bool = False) -> None:
+        """Give back its descriptors, and its place on the disk unless somebody could know it again."""
         super().close()
-        remove(self.path)
+        if not (keep and self.digest):
+            remove(self.path)
+
+
+class Leftover:
+    """A blob that an earlier run has left, with as much of a TaskFile as ReadAlong wants.  Raises OSError."""
+
+    def __init__(self, path: str) -> None:
+        fd = os.open(path, os.O_RDONLY)
+        self._span = FileSpan(fd, 0, os.fstat(fd).st_size)
+        self.layout = Layout(self._span.count, MAX_PIECE)
+        assert self.layout.count is not None
+        self.have = (1 << self.layout.count) - 1
+        self.about = {}  # type: Dict[str, str]
+
+    def plain_body(self, _start: int, _end: int) -> List[FileSpan]:
+        """Return the descriptor, which is the caller's from now on."""
+        return [self._span]
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Return bytes of the file, fewer at its end.  Raises OSError."""
+        return os.pread(self._span.fd, length, offset)
 
 
 class BlobDownload(Download):
     """A download for a Blob: others read along, and it ends when nobody wants it any more."""
 
-    def __init__(self, options: Any, out: Any, blob: Blob, uploader: Callable[[], int]) -> None:
-        super().__init__(options, out)
+    def __init__(self, options: Any, out: Any, blob: Blob, uploader: Callable[[], int], silent: Dict[Node, float]) -> None:
+        super().__init__(options, out, content=blob.digest and "sha256:" + blob.digest)
         self._blob, self._find_uploader = blob, uploader
+        self._silent = silent  # supernodes that did not answer, and until when they are not asked again
+
+    def _register(self, node: Node) -> Registration:
+        if self._silent.get(node, 0.0) > self._clock():
+            raise NetworkError("supernode %s has just not answered" % str(node))
+        try:
+            return super()._register(node)
+        except NetworkError:
+            self._silent[node] = self._clock() + SILENT_S
+            raise
 
     def _start_uploader(self) -> int:
         return self._find_uploader()
@@ -7309,7 +7406,10 @@ class BlobDownload(Download):
 
 
 class Blobs:
-    """The blobs that are under way, or were a little while ago.  _lock guards _blobs, _bad and the blobs' users."""
+    """The blobs that are under way, or were a little while ago, by digest (those without one, by URL).
+
+    _lock guards _blobs, _bad, recent, sources and the blobs' users.
+    """
 
     MOST = 32  # downloads at once
 
@@ -7320,28 +7420,34 @@ class Blobs:
         self._uploader = uploader
         self._lock = threading.Lock()
         self._blobs = {}  # type: Dict[str, Blob]
-        self._bad = {}  # type: Dict[str, float]  # URLs that the swarm gives wrong, or that don't fit, and until when that counts
+        self._bad = {}  # type: Dict[str, float]  # those that the swarm gives wrong, or that don't fit, and until when that counts
+        self._silent = {}  # type: Dict[Node, float]
         self._swept_at = 0.0
+        self.recent = collections.deque(maxlen=50)  # type: collections.deque  # what has become of the last ones
+        self.sources = collections.Counter()  # type: Dict[str, int]  # bytes by kind of holder
         for name in os.listdir(repo):
-            if _PUBLISHED.match(name):  # nobody knows any more what is in it
+            if _BY_URL.match(name):  # nobody knows any more what is in it
                 remove(os.path.join(repo, name))
 
     def join(self, url: str, digest: str, headers: List[Tuple[str, str]], credentials: str) -> Optional[Blob]:
         """Return the blob at `url`, on its way from now on; None when it had better be asked of its origin.  End with `leave`."""
-        now = time.monotonic()
+        now, key = time.monotonic(), digest or url
         with self._lock:
-            blob = self._blobs.get(url)
+            blob = self._blobs.get(key)
             if blob and (blob.error or blob.unwanted or (blob.ended and not digest)):
                 blob = None  # a new one, as soon as the old one's file is free
-                if not self._drop_locked(url):
+                if not self._drop_locked(key):
                     return None
             if not blob:
-                if self._bad.get(url, 0.0) > now or sum(not other.ended for other in self._blobs.values()) >= self.MOST:
+                if self._bad.get(key, 0.0) > now or sum(not other.ended for other in self._blobs.values()) >= self.MOST:
                     return None
-                blob = Blob(url, digest, os.path.join(self.repo, hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()))
-                blob.proven[credentials] = now + PROVEN_S
-                threading.Thread(target=self._run, args=(blob, headers), name="dfly-blob", daemon=True).start()
-                self._blobs[url] = blob
+                name = "sha256-" + digest if digest else hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()
+                blob = Blob(url, digest, os.path.join(self.repo, name))
+                left = bool(digest) and os.path.exists(blob.path)
+                if not left:  # the download itself asks the origin
+                    blob.proven[credentials] = now + PROVEN_S
+                threading.Thread(target=self._run, args=(blob, headers, left), name="dfly-blob", daemon=True).start()
+                self._blobs[key] = blob
             blob.users += 1
             return blob
 
@@ -7351,72 +7457,103 @@ class Blobs:
             blob.users -= 1
             blob.used_at = time.monotonic()
 
-    def _drop_locked(self, url: str) -> bool:
+    def _drop_locked(self, key: str) -> bool:
         """Forget a blob that nobody uses; return whether nobody does."""
-        blob = self._blobs[url]
+        blob = self._blobs[key]
         if blob.users or not blob.ended:
             return False
         blob.close()
-        del self._blobs[url]
+        del self._blobs[key]
         return True
 
-    def _run(self, blob: Blob, headers: List[Tuple[str, str]]) -> None:
-        """The life of a download's thread."""
-        import io
+    def _run(self, blob: Blob, headers: List[Tuple[str, str]], left: bool) -> None:
+        """The life of a download's thread; of what is `left` of an earlier run there is nothing to download."""
         digester = threading.Thread(target=blob.digest_along, name="dfly-digest", daemon=True)
         digester.start()
         try:
-            options = self._options_for(blob.url)
-            options.output = blob.path
-            options.header = options.header + ["%s: %s" % pair for pair in headers]
-            BlobDownload(options, io.StringIO(), blob, self._uploader).run()
-            digester.join(blob.PROGRESS_S)
-            blob.fail(Stalled("%s: can't be read back" % blob.url))  # changes nothing when all of it was
+            if left:
+                blob.follow(Leftover(blob.path))
+            else:
+                self._download(blob, headers)
+            digester.join(None if left else blob.PROGRESS_S)
+            blob.fail(Stalled("%s: can't be read back" % blob.name))  # changes nothing when all of it was
+        except OSError as error:
+            blob.fail(CannotRead("%s: %s" % (blob.path, error.strerror)))
         except FinalFailure as failure:
             blob.fail(failure.cause)
         except DflyError as error:
             blob.fail(error)
         except Exception as error:  # noqa: BLE001 a fault of ours must not leave the clients waiting
             import traceback
-            self.log.error("%s: %s", blob.url, traceback.format_exc())
+            self.log.error("%s: %s", blob.name, traceback.format_exc())
             blob.fail(DflyError("internal error: %r" % error))
         digester.join()
         if blob.error:
-            self.log.warn("%s: %s", blob.url, blob.error)
-            self._mark_bad(blob)
+            self.log.warn("%s: %s", blob.name, blob.error)
+            remove(blob.path)
+            self._mark_bad(blob, 0.0 if left else 600.0)
         blob.ended = True
 
-    def _mark_bad(self, blob: Blob) -> None:
-        """After wrong bytes, or on a full disk, let the blob's next clients ask its origin."""
-        seconds = 600.0 if isinstance(blob.error, WrongBytes) else 30.0 if isinstance(blob.error, (NoSpace, CannotWrite)) else 0.0
+    def _download(self, blob: Blob, headers: List[Tuple[str, str]]) -> None:
+        """Have a blob fetched, and note how that went.  Raises FinalFailure, DflyError."""
+        import io
+        options = self._options_for(blob.url)
+        options.output = blob.path
+        options.header = options.header + ["%s: %s" % pair for pair in headers]
+        download = BlobDownload(options, io.StringIO(), blob, self._uploader, self._silent)
+        error = "it has ended early"
+        try:
+            download.run()
+            error = ""
+        except DflyError as failure:
+            error = str(failure)
+            raise
+        finally:
+            self._note(blob, download, error)
+
+    def _note(self, blob: Blob, download: BlobDownload, error: str) -> None:
+        seconds = time.monotonic() - blob.began
+        sources = {kind: count for kind, count in download.bytes.items() if count}
+        count = sum(sources.values())
+        shares = ", ".join("%s %d %%" % (kind, round(100 * sources.get(kind, 0) / float(count or 1))) for kind in ("peers", "supernode", "origin"))
+        self.log.info("blob %s %s in %.2f s, %s/s, from: %s%s", blob.name, show_size(count), seconds, show_size(count / max(seconds, 1e-3)), shares,
+                      error and "; " + error)
+        with self._lock:
+            self.sources.update(sources)
+            self.recent.append({"blob": blob.name, "at": round(time.time(), 3), "bytes": count, "seconds": round(seconds, 3),
+                                "sources": sources, "kept": download.kept, "error": error})
+
+    def _mark_bad(self, blob: Blob, wrong_s: float) -> None:
+        """After wrong bytes (for `wrong_s`), or on a full disk, let the blob's next clients ask its origin."""
+        seconds = wrong_s if isinstance(blob.error, WrongBytes) else 30.0 if isinstance(blob.error, (NoSpace, CannotWrite)) else 0.0
         with self._lock:
             if seconds:
-                self._bad[blob.url] = time.monotonic() + seconds
-            for url in [url for url in self._blobs if isinstance(blob.error, NoSpace)]:
-                self._drop_locked(url)
+                self._bad[blob.digest or blob.url] = time.monotonic() + seconds
+            for key in [key for key in self._blobs if isinstance(blob.error, NoSpace)]:
+                self._drop_locked(key)
 
     def tick(self) -> None:
         """Twice a second or so: let go of what has expired, and end what nobody waits for."""
         now = time.monotonic()
         with self._lock:
-            for url, blob in list(self._blobs.items()):
+            for key, blob in list(self._blobs.items()):
                 if not blob.ended and not blob.users and now > blob.used_at + ABANDON_S:
                     blob.unwanted = True
                 if blob.ended and (blob.error or not blob.digest or now > blob.used_at + self._keep_s):
-                    self._drop_locked(url)
-            self._bad = {url: until for url, until in self._bad.items() if until > now}
+                    self._drop_locked(key)
+            self._bad = {key: until for key, until in self._bad.items() if until > now}
         if now > self._swept_at + 60.0:
             self._swept_at = now
             self._sweep()
 
     def _sweep(self) -> None:
-        """Remove halves of blobs that nobody has asked for again.  Wire: 11.4"""
+        """Remove blobs of an earlier run, and halves of blobs, that nobody has asked for again.  Wire: 11.4"""
         with self._lock:
-            busy = tuple("." + os.path.basename(blob.path) for blob in self._blobs.values())
+            busy = tuple(prefix + os.path.basename(blob.path) for blob in self._blobs.values() for prefix in ("", "."))
         for name in os.listdir(self.repo):
-            path = os.path.join(self.repo, name)
+            path, keep_s = os.path.join(self.repo, name), LEFTOVER_S if ".dfly" in name else self._keep_s
             try:
-                if ".dfly" in name and not name.startswith(busy or ("/",)) and time.time() > os.stat(path).st_mtime + LEFTOVER_S:
+                if (".dfly" in name or _BY_DIGEST.match(name)) and not name.startswith(busy or ("/",)) and time.time() > os.stat(path).st_mtime + keep_s:
                     remove(path)
             except FileNotFoundError:
                 pass
@@ -7426,6 +7563,14 @@ class Blobs:
         with self._lock:
             running = sum(not blob.ended for blob in self._blobs.values())
             return running, len(self._blobs) - running
+
+    def status(self) -> Dict[str, Any]:
+        """Return what is under way, what has become of the last ones, and bytes by source, for JSON."""
+        with self._lock:
+            running = [dict(blob.progress(), blob=blob.name, seconds=round(time.monotonic() - blob.began, 3), clients=blob.users)
+                       for blob in self._blobs.values() if not blob.ended]
+            return {"running": running, "recent": list(self.recent), "sources": dict(self.sources),
+                    "kept": sum(blob.ended for blob in self._blobs.values())}
 
     def close(self, limit_s: float = 0.5) -> None:
         """End all downloads, within `limit_s` seconds if they do, and remove what is whole."""
@@ -7438,8 +7583,9 @@ class Blobs:
             time.sleep(0.02)
         for blob in blobs:
             if blob.ended and not blob.users:
-                blob.close()
-            remove(blob.path)
+                blob.close(keep=not blob.error)
+            elif not blob.digest:
+                remove(blob.path)
 
 
 # ==============================================================================
@@ -7452,28 +7598,36 @@ class Daemon:
     """Decides what becomes of a request: a blob by the swarm, all else straight to its origin, or a tunnel.  Wire: 11"""
 
     ROUTES = (
+        Route("GET", "/_dfly/status", "status"),
         Route("GET", "/env", "env"),               # Wire: 11.1
         Route("GET", "/args", "args"),
         Route("GET", "/debug/version", "version"),
         Route("GET", "/metrics", "metrics"),
     )
+    COUNTED = ("blobs", "blob_bytes", "fallbacks", "relayed", "tunnels")
 
-    def __init__(self, registry: str, rules: List[Rule], selected: List[Any], upstream: Upstream, blobs: Blobs, log: Log,
-                 settings: Dict[str, Any]) -> None:
-        self.registry = registry.rstrip("/")
+    def __init__(self, registries: List[Registry], rules: List[Rule], selected: List[Any], small: int, upstream: Upstream, blobs: Blobs,
+                 log: Log, settings: Dict[str, Any]) -> None:
+        self._registries = registries  # the first one is for requests that name none
         self._rules = rules  # for what is proxied
         self._selected = selected  # patterns of more URLs of the registry that come by the swarm
+        self._small = small  # bytes below which a blob is not worth the swarm
         self._upstream, self._blobs, self._log = upstream, blobs, log
         self._settings = settings
         self.port = 0
-        self.counts = collections.Counter()  # type: Dict[str, int]
+        self._tokens = Once()
+        self._lock = threading.Lock()
+        self._counts = collections.Counter()  # type: Dict[str, int]
+        self._sizes = collections.OrderedDict()  # type: Dict[str, int]  # bytes of blobs, by digest, as manifests have them
+        self._since = time.time()
 
     def serve(self, door: Doorway, ended: threading.Event) -> None:
         """Serve until it is `ended`."""
         self.port = door.address[1]
         door.start()
-        self._log.info("daemon %s on %s, mirror of %s", VERSION, join_host(door.address[0], self.port), self.registry)
-        print("dfdaemon listening on %s for %s" % (join_host(door.address[0], self.port), self.registry), flush=True)
+        mirrored = ", ".join(registry.url for registry in self._registries)
+        self._log.info("daemon %s on %s, mirror of %s", VERSION, join_host(door.address[0], self.port), mirrored)
+        print("dfdaemon listening on %s for %s" % (join_host(door.address[0], self.port), mirrored), flush=True)
         while not ended.wait(0.5):  # a signal that comes just before the wait would else be seen after it
             self._blobs.tick()
         door.stop()
@@ -7499,12 +7653,24 @@ class Daemon:
     # -- what is asked ------------------------------------------------------------
 
     def _mirror(self, caller: Caller, target: str) -> None:
-        """A path: it is the registry's.  Wire: 11.1"""
-        url = self.registry + re.sub(r"(?<=[?&])ns=[^&]*&?", "", target).rstrip("?&")  # containerd says whose mirror it takes us for
+        """A path: it is a registry's.  Wire: 11.1"""
+        named = re.search(r"[?&]ns=([^&]*)", target)  # containerd says whose mirror it takes us for
+        registry = self._registry(unquote(named.group(1)) if named else "")
+        url = registry.url + re.sub(r"(?<=[?&])ns=[^&]*&?", "", target).rstrip("?&")
         blob = _BLOB.match(url.partition("?")[0])
         swarm = blob or any(pattern.search(url) for pattern in self._selected)
         if not (swarm and self._by_swarm(caller, url, blob.group(1) if blob else "")):
-            self._relay(caller, url, own=True)
+            self._relay(caller, url, registry)
+
+    def _registry(self, name: str) -> Registry:
+        """Return the registry of that name, of the settings or else the one that it means.  Raises BadRequest."""
+        default = self._registries[0]
+        if name in ("", urlsplit(default.url).netloc):
+            return default
+        known = next((registry for registry in self._registries if registry.name == name), None)
+        if not known and not re.match(r"^([\w.-]+|\[[0-9a-fA-F:]+\])(:\d{1,5})?$", name, re.ASCII):
+            raise BadRequest("not a registry: ns=%.100r" % name)
+        return known or Registry(name, "https://" + ("registry-1.docker.io" if name == "docker.io" else name))
 
     def _proxy(self, caller: Caller) -> None:
         """A whole URL: the first rule that matches decides.  Wire: 11.1"""
@@ -7522,7 +7688,7 @@ class Daemon:
             blob = _BLOB.match(url.partition("?")[0])
             if not rule.direct and self._by_swarm(caller, url, blob.group(1) if blob else ""):
                 return None
-        return self._relay(caller, url, own=False)
+        return self._relay(caller, url, None)
 
     # -- by the swarm ---------------------------------------------------------------
 
@@ -7534,42 +7700,52 @@ class Daemon:
             return False
         if ranged and not (digest and _OPEN_RANGE.match(ranged)):
             return False  # a look inside: not worth the whole file
+        with self._lock:
+            if digest and self._sizes.get(digest, self._small) < self._small:
+                return False
         passed = [pair for pair in self._forwarded(headers) if pair[0] not in _OURS]
-        credentials = Origin(url, passed).credentials()
-        blob = self._blobs.join(url, digest, passed, credentials)
+        origin = Origin(url, passed, *self._upstream.trust(url), content=digest and "sha256:" + digest)
+        blob = self._blobs.join(url, digest, passed, origin.credentials())
         if not blob:
-            self.counts["fallbacks"] += 1
+            self._count("fallbacks")
             return False
         try:
-            if not self._proven(blob, passed, credentials):
+            if not self._proven(caller, blob, origin, passed):
                 return False
-            self._send_blob(caller, blob)
+            self._send_blob(caller, blob, url, passed)
         except DflyError as error:
             if caller.started or caller.gone():
                 raise
-            self.counts["fallbacks"] += 1
-            self._log.warn("%s: %s; straight from its origin", url, error)
+            self._count("fallbacks")
+            self._log.warn("%s: %s; straight from its origin", blob.name, error)
             return False
         finally:
             self._blobs.leave(blob)
         return True
 
-    def _proven(self, blob: Blob, headers: List[Tuple[str, str]], credentials: str) -> bool:
-        """Return whether the origin would give the blob to this client too: what is here came on another one's credentials.
+    def _proven(self, caller: Caller, blob: Blob, origin: Origin, headers: List[Tuple[str, str]]) -> bool:
+        """Return whether its origin would give the blob to this client too: what is here came on another one's credentials.
 
         Wire: 16 (2)
         """
-        if blob.proven.get(credentials, 0.0) < time.monotonic():
-            connection, answer = self._upstream.ask("HEAD", blob.url, headers)
-            answer.read()
-            self._upstream.done(blob.url, connection, answer)
-            if answer.status in (401, 403, 404, 407):
-                return False
-            blob.proven[credentials] = time.monotonic() + PROVEN_S
+        credentials = origin.credentials()
+        if blob.proven.get(credentials, 0.0) >= time.monotonic():
+            return True
+        connection, answer = self._upstream.ask("HEAD", origin.url, headers)
+        answer.read()
+        self._upstream.done(origin.url, connection, answer)
+        if answer.status in (405, 501):
+            origin.vouch()
+        elif answer.status >= 400:
+            return False
+        if urlsplit(origin.url).netloc != urlsplit(blob.url).netloc:
+            blob.length(caller.gone)  # of a blob that has begun there is something to hold it against
+            origin.prove(blob.store)
+        blob.proven[credentials] = time.monotonic() + PROVEN_S
         return True
 
-    def _send_blob(self, caller: Caller, blob: Blob) -> None:
-        """Send a blob as it comes.  Raises what keeps it from coming."""
+    def _send_blob(self, caller: Caller, blob: Blob, url: str, passed: List[Tuple[str, str]]) -> None:
+        """Send a blob as it comes; if that fails in its middle, the rest from `url`.  Raises what keeps it from coming."""
         length = blob.length(caller.gone)
         ranged = _OPEN_RANGE.match(caller.request.headers.get("range", ""))
         at = int(ranged.group(1)) if ranged else 0
@@ -7578,12 +7754,50 @@ class Daemon:
         fd, limit = blob.sendable(at, caller.gone)
         headers = [("Content-Range", "bytes %d-%d/%d" % (at, length - 1, length))] if ranged else []
         caller.answer(206 if ranged else 200, "", headers + self._blob_headers(blob), length - at)
-        self.counts["blobs"] += 1
+        self._count("blobs")
         while at < length:
             caller.send_file(fd, at, limit)
-            self.counts["blob_bytes"] += limit - at
+            self._count("blob_bytes", limit - at)
             at = limit
-            fd, limit = blob.sendable(at, caller.gone)
+            try:
+                fd, limit = blob.sendable(at, caller.gone)
+            except DflyError as error:
+                if caller.gone() or isinstance(error, WrongBytes) or not blob.digest:
+                    raise
+                self._log.warn("%s: %s; the rest straight from its origin", blob.name, error)
+                return self._send_rest(caller, blob, url, passed, (fd, at, length))
+        return None
+
+    def _send_rest(self, caller: Caller, blob: Blob, url: str, passed: List[Tuple[str, str]], where: Tuple[int, int, int]) -> None:
+        """Send what is still missing of a blob, of which bytes [0, at) are in `fd`, straight from its origin; its end only if it is right.
+
+        Raises BadGateway, WrongBytes, CannotRead.
+        """
+        fd, at, length = where
+        self._count("fallbacks")
+        digest, done = hashlib.sha256(), 0
+        while done < at:
+            data = os.pread(fd, min(at - done, 1 << 18), done)
+            if not data:
+                raise CannotRead("%s: the file is shorter than it was" % blob.name)
+            digest.update(data)
+            done += len(data)
+        url, connection, answer = self._ask("GET", url, passed + [("range", "bytes=%d-" % at)], None, 0, follow=True)
+        try:
+            if answer.status != 206 or answer.getheader("Content-Range", "") != "bytes %d-%d/%d" % (at, length - 1, length):
+                raise BadGateway("%s answers %d to a range" % (blob.name, answer.status))
+            held = b""
+            for data in self._body(url, answer):
+                digest.update(data)
+                held += data
+                caller.send(held[:-blob.HELD])
+                self._count("blob_bytes", max(0, len(held) - blob.HELD))
+                held = held[-blob.HELD:]
+            if digest.hexdigest() != blob.digest:
+                raise WrongBytes(blob.name, blob.digest, digest.hexdigest())
+            caller.send(held)
+        finally:
+            self._upstream.done(url, connection, answer)
 
     @staticmethod
     def _blob_headers(blob: Blob) -> List[Tuple[str, str]]:
@@ -7602,27 +7816,47 @@ class Daemon:
         dropped = _HOP | {name.strip().lower() for name in headers.get("connection", "").split(",")}
         return [(name, value) for name, value in headers.items() if name not in dropped]
 
-    def _relay(self, caller: Caller, url: str, own: bool) -> None:
-        """Pass a request to its origin and the answer back.  For the registry (`own`) follow where it sends us, since the
-        engine may be able to reach nobody else."""
-        self.counts["relayed"] += 1
+    def _relay(self, caller: Caller, url: str, registry: Optional[Registry]) -> None:
+        """Pass a request to its origin and the answer back.  For a registry of ours follow where it sends us, since the engine may
+        be able to reach nobody else."""
+        self._count("relayed")
         headers = [pair for pair in self._forwarded(caller.request.headers) if pair[0] not in ("host", "content-length", "expect")]
         method = caller.request.method
+        if method == "GET" and not caller.has_body and _TOKEN.search(url) and "/v2/" not in url:
+            token = self._tokens.ask((url, tuple(sorted(headers))), lambda: self._token(url, headers))
+            if token:
+                status, reason, passed, data = token
+                caller.answer(status, reason, passed, len(data))
+                return caller.send(data)
         body = caller.body() if caller.has_body else None
+        last, connection, answer = self._ask(method, url, headers, body, caller.length, follow=bool(registry) and method in ("GET", "HEAD"))
+        try:
+            return self._pass_back(caller, last, answer, registry)
+        finally:
+            self._upstream.done(last, connection, answer)
+
+    def _ask(self, method: str, url: str, headers: List[Tuple[str, str]], body: Optional[Iterator[bytes]], length: Optional[int],
+             follow: bool) -> Tuple[str, Any, Any]:
+        """Return (URL, connection, answer) of a request, with `follow` where its redirects lead.  Raises BadGateway."""
+        asked = url
         for _ in range(6):
-            connection, answer = self._upstream.ask(method, url, headers, body, caller.length)
-            onward = answer.getheader("Location", "") if own and method in ("GET", "HEAD") and answer.status in (301, 302, 303, 307, 308) else ""
+            connection, answer = self._upstream.ask(method, url, headers, body, length)
+            onward = answer.getheader("Location", "") if follow and answer.status in (301, 302, 303, 307, 308) else ""
             if not onward:
-                break
+                return url, connection, answer
             answer.read(65536)
             self._upstream.done(url, connection, answer)
             before, url, body = url, self._join(url, onward), None
             if urlsplit(before).netloc != urlsplit(url).netloc:
                 headers = [pair for pair in headers if pair[0] not in ("authorization", "cookie")]
-        else:
-            raise BadGateway("%s redirects in a circle" % self.registry)
+        raise BadGateway("%s redirects in a circle" % urlsplit(asked).netloc)
+
+    def _token(self, url: str, headers: List[Tuple[str, str]]) -> Optional[Tuple[int, str, List[Tuple[str, str]], bytes]]:
+        """Return (status, reason, headers, body) of what a token server answers; None when it is no token.  Raises BadGateway."""
+        connection, answer = self._upstream.ask("GET", url, headers)
         try:
-            self._pass_back(caller, url, answer, own)
+            data = b"".join(self._body(url, answer)) if (answer.length or 0) <= MIB else b""
+            return None if answer.length else (answer.status, answer.reason, self._own_headers(answer), data)
         finally:
             self._upstream.done(url, connection, answer)
 
@@ -7638,28 +7872,64 @@ class Daemon:
             raise BadGateway("%s redirects to what is no http URL: %.200r" % (url, onward))
         return following
 
-    def _pass_back(self, caller: Caller, url: str, answer: Any, own: bool) -> None:
+    @staticmethod
+    def _own_headers(answer: Any) -> List[Tuple[str, str]]:
+        """Return what of an answer's headers concerns its reader."""
+        dropped = _HOP | {name.strip().lower() for name in answer.getheader("Connection", "").split(",")} | {"content-length"}
+        return [pair for pair in answer.getheaders() if pair[0].lower() not in dropped]
+
+    def _pass_back(self, caller: Caller, url: str, answer: Any, registry: Optional[Registry]) -> None:
         """Send an origin's answer to the client, as it comes."""
-        import http.client
         head = caller.request.method == "HEAD"
         length = answer.getheader("Content-Length", "") if head else "" if answer.length is None else str(answer.length)
-        dropped = _HOP | {name.strip().lower() for name in answer.getheader("Connection", "").split(",")} | {"content-length"}
-        headers = [pair for pair in answer.getheaders() if pair[0].lower() not in dropped]
-        if own:  # what leads back to the registry leads back to us
-            headers = [(name, value[len(self.registry):] if name.lower() == "location" and value.startswith(self.registry + "/") else value)
-                       for name, value in headers]
+        headers = self._own_headers(answer)
+        if registry:
+            headers = [(name, self._back_to_us(value, registry) if name.lower() == "location" else value) for name, value in headers]
         caller.answer(answer.status, answer.reason, headers, int(length) if _NUMBER.match(length) and answer.status not in (204, 304) else None)
-        buffer = memoryview(bytearray(65536))
-        try:
-            while not answer.isclosed():
-                data = answer.read1(65536) if answer.length is None else buffer[:answer.readinto(buffer)]
-                if len(data):
-                    caller.send(bytes(data) if answer.length is None else data)
-                elif answer.length:
-                    raise NetworkError("%s hung up with %d bytes to come" % (url, answer.length))
-        except (http.client.HTTPException, OSError, ValueError) as error:
-            raise BadGateway("%s: %s" % (url, error))
+        manifest = answer.status == 200 and not head and (answer.length or MANIFEST) < MANIFEST and _MANIFEST.search(answer.getheader("Content-Type", ""))
+        seen = b""
+        for data in self._body(url, answer):
+            caller.send(data)
+            seen += bytes(data) if manifest else b""
+        if manifest:
+            self._learn_sizes(seen)
         caller.end()
+
+    @staticmethod
+    def _back_to_us(url: str, registry: Registry) -> str:
+        """Return a URL to which a registry sends its client: what leads back to it leads back to us."""
+        if not url.startswith(registry.url + "/"):
+            return url
+        path = url[len(registry.url):]
+        return path + ("&" if "?" in path else "?") + "ns=" + registry.name if registry.name else path
+
+    @staticmethod
+    def _body(url: str, answer: Any) -> Iterator[Any]:
+        """Yield an answer's body as it comes; what is yielded is good until the next turn.  Raises NetworkError, BadGateway."""
+        import http.client
+        buffer = memoryview(bytearray(65536))
+        while not answer.isclosed():
+            try:
+                data = answer.read1(65536) if answer.length is None else buffer[:answer.readinto(buffer)]
+            except (http.client.HTTPException, OSError, ValueError) as error:
+                raise BadGateway("%s: %s" % (url.partition("?")[0], error))
+            if len(data):
+                yield data
+            elif answer.length:
+                raise NetworkError("%s hung up with %d bytes to come" % (url.partition("?")[0], answer.length))
+
+    def _learn_sizes(self, manifest: bytes) -> None:
+        """Note how large the blobs of a manifest are."""
+        try:
+            known = json.loads(manifest.decode())
+            parts = [known["config"]] + known["layers"]
+            sizes = {str(part["digest"]).partition("sha256:")[2]: int(part["size"]) for part in parts}
+        except (ValueError, KeyError, TypeError):  # an index of manifests, or an old form
+            return
+        with self._lock:
+            self._sizes.update(sizes)
+            while len(self._sizes) > SIZES:
+                self._sizes.popitem(last=False)  # type: ignore[call-arg]
 
     # -- tunnels ----------------------------------------------------------------------
 
@@ -7670,7 +7940,7 @@ class Daemon:
             far = connect(host, port, Upstream.CONNECT_S)
         except NetworkError as error:
             raise BadGateway(str(error))
-        self.counts["tunnels"] += 1
+        self._count("tunnels")
         try:
             caller.keep, caller.started = False, True
             caller.line.sock.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
@@ -7700,6 +7970,17 @@ class Daemon:
 
     # -- pages ---------------------------------------------------------------------------
 
+    def _count(self, name: str, by: int = 1) -> None:
+        with self._lock:
+            self._counts[name] += by
+
+    def status(self, _request: Request) -> Response:
+        """GET /_dfly/status: what is under way, what has become of the last blobs, and totals."""
+        with self._lock:
+            counts = {name: self._counts[name] for name in self.COUNTED}
+        return Response.of_json(dict(self._blobs.status(), version=VERSION, since=round(self._since, 3), counts=counts,
+                                     mirrors=[registry.url for registry in self._registries]))
+
     def env(self, _request: Request) -> Response:
         """GET /env: the settings.  Wire: 11.1"""
         return Response.of_json(self._settings)
@@ -7715,7 +7996,8 @@ class Daemon:
     def metrics(self, _request: Request) -> Response:
         """GET /metrics: what has been done, in Prometheus' form."""
         running, kept = self._blobs.counts()
-        lines = ["dfly_daemon_%s_total %d" % (name, self.counts[name]) for name in ("blobs", "blob_bytes", "fallbacks", "relayed", "tunnels")]
+        with self._lock:
+            lines = ["dfly_daemon_%s_total %d" % (name, self._counts[name]) for name in self.COUNTED]
         lines += ["dfly_daemon_downloads %d" % running, "dfly_daemon_kept_blobs %d" % kept]
         return Response(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
 
@@ -7976,6 +8258,9 @@ def daemon_parser(command: str) -> Any:
     _flag(parser, "-n", "--node", dest="nodes", type=parse_nodes, default="127.0.0.1:8002", metavar="HOST[:PORT][=WEIGHT],…", help="supernodes")
     _flag(parser, "--proxy", action="append", default=[], metavar="'REGEX [direct] [use_https] [redirect=HOST]'",
           help="rule for what is proxied; may be repeated, the first that matches counts, without one it goes straight")
+    _flag(parser, "--mirror", action="append", default=[], metavar="'NAME=URL [insecure] [cacerts=FILE,…]'",
+          help="a registry that containerd calls NAME (?ns=NAME), where it is not https://NAME; may be repeated")
+    _flag(parser, "--small", type=parse_size, default=16 << 10, metavar="SIZE", help="blobs smaller than this come straight from the registry (16K)")
     _flag(parser, "--rule", type=_csv, default=[], metavar="REGEX,…", help="what else of the registry comes by the swarm, besides blobs")
     _flag(parser, "--urlfilter", default="Signature&Expires&OSSAccessKeyId", metavar="a&b", help="query parameters that do not matter to which file it is")
     _flag(parser, "--localrepo", type=_exiting(12, _absolute), default="", metavar="FOLDER", help="where blobs lie meanwhile (HOME/dfdaemon/data)")
@@ -8060,8 +8345,8 @@ def _with_yml(arguments: List[str], old: bool) -> List[str]:
     return (_from_yml(DAEMON_YML) if old and os.path.exists(DAEMON_YML) else []) + arguments
 
 
-def _daemon_options(options: Any) -> Callable[[str], Any]:
-    """Return what makes the flags of `get` for a URL that the daemon downloads.  Wire: 11.2"""
+def _daemon_options(options: Any, trust: Callable[[str], Tuple[bool, List[str]]]) -> Callable[[str], Any]:
+    """Return what makes the flags of `get` for a URL that the daemon downloads; whom to `trust` is the URL's own.  Wire: 11.2"""
     import copy
     template = _parse(get_parser("dfly.py daemon"), "get", ["--config", options.config] if options.config else [])
     template.home, template.nodes, template.ip, template.location = options.home, options.nodes, options.ip, options.location or template.location
@@ -8069,12 +8354,11 @@ def _daemon_options(options: Any) -> Callable[[str], Any]:
     template.locallimit = template.totallimit = options.ratelimit
     template.filter, template.callsystem, template.notbs, template.dfdaemon = options.urlfilter, options.callsystem, options.notbs, True
     template.verbose, template.console, template.showbar = options.verbose, False, False
-    own = urlsplit(options.registry).netloc
 
     def options_for(url: str) -> Any:
         made = copy.copy(template)
         made.url = url
-        made.insecure, made.cacerts = (options.insecure, options.cacerts) if urlsplit(url).netloc == own else (False, [])
+        made.insecure, made.cacerts = trust(url)
         return made
 
     return options_for
@@ -8113,16 +8397,17 @@ def run_daemon(arguments: List[str], old: bool) -> int:
         raise BadSetting("--certpem, --keypem: this daemon speaks plain HTTP to its own host's engines only", 10)
     rules = [Rule.parse(text) for text in options.proxy]
     selected = [Rule.parse(text).pattern for text in options.rule]
-    upstream = Upstream(options.registry, options.insecure, options.cacerts)
-    options_for = _daemon_options(options)
+    registries = [Registry("", options.registry.rstrip("/"), options.insecure, tuple(options.cacerts))] + [Registry.parse(text) for text in options.mirror]
+    upstream = Upstream({urlsplit(registry.url).netloc: (registry.insecure, list(registry.cacerts)) for registry in reversed(registries)})
+    options_for = _daemon_options(options, upstream.trust)
     lock = _daemon_folders(options)
     log = Log(os.path.join(options.home, "logs", "dfdaemon.log"), str(os.getpid()), options.verbose)
     sock = _exiting(14, lambda host: listen(host, options.port))(options.hostip)
     companion = Companion(options.home, ["--port", str(options.peerport), "--expiretime", "%g" % options.expiretime,
                                          "--totallimit", str(options.ratelimit)])
     settings = {name: value for name, value in vars(options).items() if isinstance(value, (str, int, float, list)) and name != "nodes"}
-    daemon = Daemon(options.registry, rules, selected, upstream, Blobs(options.localrepo, log, options_for, options.expiretime, companion.port), log,
-                    dict(settings, nodes=[str(node) for node in options.nodes]))
+    blobs = Blobs(options.localrepo, log, options_for, options.expiretime, companion.port)
+    daemon = Daemon(registries, rules, selected, options.small, upstream, blobs, log, dict(settings, nodes=[str(node) for node in options.nodes]))
     door = Doorway(sock, daemon, log)
     _not_through_us((options.hostip, "127.0.0.1", "localhost"), door.address[1])
     ended = threading.Event()

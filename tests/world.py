@@ -293,7 +293,7 @@ class Supernode(Command):
 class Daemon(Command):
     """A running `dfly.py daemon`, or one under another name, on a free port of 127.0.0.1."""
 
-    LISTENING = re.compile(r"^dfdaemon listening on (\S+):(\d+) for (\S+)\s*$", re.M)
+    LISTENING = re.compile(r"^dfdaemon listening on (\S+):(\d+) for (.+)$", re.M)
 
     def __init__(self, world: "World", label: str, argv: Sequence[str]) -> None:
         super().__init__(world, label, argv)
@@ -306,6 +306,10 @@ class Daemon(Command):
     def ask(self, path: str, method: str = "GET", headers: Optional[dict] = None, body: Any = None, timeout: float = 30.0) -> "Answer":
         """One request; `path` may be a whole URL, as a proxy is asked."""
         return ask(self.address, method, path, body, headers, timeout)
+
+    def status(self) -> dict:
+        """What GET /_dfly/status says."""
+        return self.ask("/_dfly/status").json
 
     def metric(self, name: str) -> int:
         """One number of GET /metrics."""

@@ -103,7 +103,7 @@ def test_each_blob_leaves_the_registry_once_for_three_hosts(world, supernode, ho
     image.push(registry.port)
     node = supernode()
     hosts = [host() for _ in range(3)]
-    daemons = [here.daemon(registry.url) for here in hosts]
+    daemons = [here.daemon(registry.url, "--small", "0") for here in hosts]
     for number, daemon in enumerate(daemons):
         image.pull(daemon.address[1], "out%d" % number)
         assert daemon.metric("blobs_total") == len(image.blobs) and daemon.metric("fallbacks_total") == 0
@@ -125,7 +125,7 @@ def test_a_registry_that_wants_a_password_gets_it_from_every_host(world, superno
     registry, image, me = Registry(world, protected=True), Image(world, blob(5 * MB, 1)), "me:secret"
     image.push(registry.port, "--dest-creds", me)
     supernode()
-    ports = [host().daemon(registry.url).address[1] for _ in range(2)]
+    ports = [host().daemon(registry.url, "--small", "0").address[1] for _ in range(2)]
     for number, port in enumerate(ports):
         assert "unauthorized" in image.pull(port, "no%d" % number, code=1).out
         image.pull(port, "out%d" % number, "--src-creds", me)
