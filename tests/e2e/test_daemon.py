@@ -121,14 +121,14 @@ def test_wrong_bytes_never_make_a_whole_blob(origin, supernode, host, blob):
     small, large = blob(MB // 2, 1), blob(4 * MB, 2)
     for data in (small, large):  # the supernode notices
         whole(daemon.ask(layer(origin, data, wrong=1000, once=True)), data)
-    small, large = blob(MB // 2, 3), blob(4 * MB, 4)
+    small, large, before = blob(MB // 2, 3), blob(4 * MB, 4), daemon.metric("fallbacks_total")
     path = layer(origin, large, wrong=1000)
     assert len(daemon.ask(path).body) < len(large)
     layer(origin, large)
     whole(daemon.ask(path), large)  # not by the swarm any more
-    assert daemon.metric("fallbacks_total") == 1
+    assert daemon.metric("fallbacks_total") == before + 1
     path = layer(origin, small, wrong=1000)
-    assert daemon.ask(path).body != small and daemon.metric("fallbacks_total") == 2, "nothing had been sent: the registry's own answer"
+    assert daemon.ask(path).body != small and daemon.metric("fallbacks_total") == before + 2, "nothing had been sent: the registry's own answer"
 
 
 def test_open_ranges_come_by_the_swarm_and_others_from_the_registry(origin, supernode, host, blob):
@@ -470,7 +470,7 @@ def test_the_uploader_is_started_again(origin, supernode, host, blob):
     assert here.uploader_pid() not in (None, first)
     other = host().daemon(base(origin))
     whole(other.ask(path), data)
-    assert other.status()["sources"]["peers"] > 0
+    assert wait_for(lambda: other.status()["sources"])["peers"] > 0
 
 
 # ---- settings and input ----------------------------------------------------------------------------------------------------
