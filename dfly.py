@@ -8,6 +8,7 @@ nothing but a Python 3.6 or later: copy it to a host and run it.
     dfly.py get -u URL     the wget-like client
     dfly.py peer           the host's uploader; `get` starts it by itself     ports 15000 - 65000
     dfly.py daemon         registry mirror and proxy for docker and its kin   port 65001
+    dfly.py status         what the daemon of this host is doing
     dfly.py demo           an origin, a supernode and four peers on loopback, to see it work
     (a link named dfget, supernode or dfdaemon makes the file act as that program)
 
@@ -2519,10 +2520,12 @@ class ReadAlong:
         """What the origin says of the file's version."""
         return self._store.about.get("version", "") if self._store else ""
 
-    @property
-    def store(self) -> Any:
-        """Where its bytes are; None before the first has come."""
-        return self._store
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Return bytes of what has come of it.  Raises CannotRead."""
+        try:
+            return os.pread(self._spans[-1].fd, length, offset)
+        except OSError as error:
+            raise CannotRead("%s: %s" % (self.name, error.strerror))
 
     def progress(self) -> Dict[str, Optional[int]]:
         """Return how many bytes have come without a gap, and how many there will be (None: not known yet)."""
@@ -2655,12 +2658,13 @@ class Origin:
                 raise
             self.open(0, 1).close()  # no HEAD here, or a signature that is for GET only
 
-    def prove(self, store: "TaskFile") -> None:
-        """Ask for some bytes that `store` has: anybody can say that he has a file, and would give it.  Raises SourceError as `open`
-        and where they are others, NoSuchPiece, CannotRead."""
-        start, length = store.layout.content_range(random.choice(nums_of(store.have) or [0]))
-        at = start + random.randrange(max(1, length - (1 << 14)))
-        end = min(at + (1 << 14), start + length)
+    def prove(self, start: int, end: int, read_at: Callable[[int, int], bytes]) -> None:
+        """Ask for some of the bytes [start, end), which `read_at` reads (offset, length): anybody can say that he has a file, and would
+        give it.  Raises SourceError as `open` and where they are others, and what `read_at` raises."""
+        if start >= end:
+            return self.vouch()
+        at = start + random.randrange(max(1, end - start - (1 << 14)))
+        end = min(at + (1 << 14), end)
         reply, found = self.open(at, end), bytearray(end - at)
         try:
             count, more = 0, 1
@@ -2669,8 +2673,9 @@ class Origin:
                 count += more
         finally:
             reply.close()
-        if reply.start != at or found[:count] != store.read_at(at, end - at):
+        if reply.start != at or found[:count] != read_at(at, end - at):
             raise SourceError("%s: it says that it has %s, but sends something else" % (self.url, self.content))
+        return None
 
     def open(self, start: int = 0, end: Optional[int] = None, headers: Any = (), method: str = "GET") -> "OriginReply":
         """Ask for bytes [start, end) (all, if both are left out) of our file; return the answer once its head is there.
@@ -4617,7 +4622,9 @@ class Swarm(CdnEvents):
                 task.begun.wait(Origin.TIMEOUT_S)
                 if not task.cdn.store or not task.cdn.store.have:
                     raise SourceError("%s: nothing of it is here yet against which to hold what %s sends" % (task.url, origin.url))
-                origin.prove(task.cdn.store)
+                store = task.cdn.store
+                start, length = store.layout.content_range(random.choice(nums_of(store.have)))
+                origin.prove(start, start + length, store.read_at)
             else:
                 origin.vouch()
         except DflyError as failure:
@@ -6462,6 +6469,12 @@ class PullLine:
 #    progress and the last lines.
 # ==============================================================================
 
+def show_shares(sources: Dict[str, int]) -> str:
+    """Return bytes by kind of holder as a person reads them: `origin 0 %, supernode 12 %, peers 88 %`."""
+    total = float(sum(sources.values())) or 1.0
+    return ", ".join("%s %d %%" % (kind, round(100 * sources.get(kind, 0) / total)) for kind in ("origin", "supernode", "peers"))
+
+
 class Progress:
     """What a person sees while it runs: a bar on a terminal, else a line now and then; and why it stands still."""
 
@@ -7012,7 +7025,7 @@ class Download:
             floor = (length - self.kept) / self.progress.best
             text += "; floor for this link %s (%d %%)" % (show_time(floor), 100 * cost / max(floor, 0.001))
         if total:
-            text += "; from: " + ", ".join("%s %d %%" % (kind, round(100.0 * self.bytes[kind] / total)) for kind in ("origin", "supernode", "peers"))
+            text += "; from: " + show_shares(self.bytes)
         if self._peers:
             text += " (%d of them)" % len(self._peers)
         if self.kept:
@@ -7357,10 +7370,6 @@ class Leftover:
         """Return the descriptor, which is the caller's from now on."""
         return [self._span]
 
-    def read_at(self, offset: int, length: int) -> bytes:
-        """Return bytes of the file, fewer at its end.  Raises OSError."""
-        return os.pread(self._span.fd, length, offset)
-
 
 class BlobDownload(Download):
     """A download for a Blob: others read along, and it ends when nobody wants it any more."""
@@ -7515,9 +7524,8 @@ class Blobs:
         seconds = time.monotonic() - blob.began
         sources = {kind: count for kind, count in download.bytes.items() if count}
         count = sum(sources.values())
-        shares = ", ".join("%s %d %%" % (kind, round(100 * sources.get(kind, 0) / float(count or 1))) for kind in ("peers", "supernode", "origin"))
-        self.log.info("blob %s %s in %.2f s, %s/s, from: %s%s", blob.name, show_size(count), seconds, show_size(count / max(seconds, 1e-3)), shares,
-                      error and "; " + error)
+        self.log.info("blob %s %s in %.2f s, %s/s, from: %s%s", blob.name, show_size(count), seconds, show_size(count / max(seconds, 1e-3)),
+                      show_shares(sources), error and "; " + error)
         with self._lock:
             self.sources.update(sources)
             self.recent.append({"blob": blob.name, "at": round(time.time(), 3), "bytes": count, "seconds": round(seconds, 3),
@@ -7740,7 +7748,7 @@ class Daemon:
             return False
         if urlsplit(origin.url).netloc != urlsplit(blob.url).netloc:
             blob.length(caller.gone)  # of a blob that has begun there is something to hold it against
-            origin.prove(blob.store)
+            origin.prove(0, blob.progress()["bytes"] or 0, blob.read_at)
         blob.proven[credentials] = time.monotonic() + PROVEN_S
         return True
 
@@ -8007,7 +8015,7 @@ class Daemon:
 #    Flags, the programs they start, and what a link's name means.
 # ==============================================================================
 
-USAGE = "dfly.py get | supernode | peer | daemon | demo | version   (--help after any of them)"
+USAGE = "dfly.py get | supernode | peer | daemon | status | demo | version   (--help after any of them)"
 
 
 def _flag(parser: Any, *names: str, **how: Any) -> None:
@@ -8421,6 +8429,44 @@ def run_daemon(arguments: List[str], old: bool) -> int:
     return 0
 
 
+def run_status(arguments: List[str]) -> int:
+    """`status`: show what a daemon does and has done."""
+    parser = _parser("dfly.py status", "Show what the daemon of this host is doing, and what it has done.")
+    parser.add_argument("address", nargs="?", default="127.0.0.1", metavar="HOST[:PORT]", help="where it listens (127.0.0.1:%d)" % DAEMON_PORT)
+    _flag(parser, "--json", action="store_true", help="as it says it itself")
+    options = parser.parse_args(arguments)
+    host, port = split_host(options.address, DAEMON_PORT)
+    pool = Pool(10.0, 3.0)
+    try:
+        code, text = pool.ask(host, port, "GET", "/_dfly/status")
+    finally:
+        pool.close()
+    try:
+        found = json.loads(text.decode())
+        lines = [text.decode()] if options.json else _status_lines(found)
+    except (ValueError, KeyError, TypeError):
+        raise NetworkError("%s answers %d, and not as a daemon does" % (join_host(host, port), code))
+    print("\n".join(lines))
+    return 0
+
+
+def _status_lines(found: Dict[str, Any]) -> List[str]:
+    """Return a daemon's status as a person reads it.  Raises KeyError, TypeError."""
+    counts = found["counts"]
+    lines = ["daemon %s, since %s, mirror of %s" % (found["version"], time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["since"])),
+                                                 ", ".join(found["mirrors"])),
+             "%d blobs, %s served; fetched %s, from: %s" % (counts["blobs"], show_size(counts["blob_bytes"]), show_size(sum(found["sources"].values())),
+                                                            show_shares(found["sources"])),
+             "%d straight instead, %d other requests passed on, %d tunnels" % (counts["fallbacks"], counts["relayed"], counts["tunnels"])]
+    for blob in found["running"]:
+        lines.append("  now   %s  %s of %s  %s  %d clients" % (blob["blob"], show_size(blob["bytes"]), show_size(blob["length"] or 0),
+                                                              show_time(blob["seconds"]), blob["clients"]))
+    for blob in reversed(found["recent"]):
+        lines.append("  %s  %s  %s in %s, from: %s%s" % (time.strftime("%H:%M:%S", time.localtime(blob["at"])), blob["blob"], show_size(blob["bytes"]),
+                                                         show_time(blob["seconds"]), show_shares(blob["sources"]), blob["error"] and "; " + blob["error"]))
+    return lines
+
+
 class _DemoOrigin:
     """The demo's origin: one file, whole or a range of it."""
 
@@ -8584,7 +8630,7 @@ def run_version(_arguments: List[str]) -> int:
 
 
 COMMANDS = {"get": lambda arguments: run_get(arguments, old=False), "supernode": run_supernode, "peer": run_peer,
-            "daemon": lambda arguments: run_daemon(arguments, old=False), "demo": run_demo, "version": run_version}  # type: Dict[str, Callable[[List[str]], int]]
+            "daemon": lambda arguments: run_daemon(arguments, old=False), "status": run_status, "demo": run_demo, "version": run_version}  # type: Dict[str, Callable[[List[str]], int]]
 
 
 def run_dfget(arguments: List[str]) -> int:

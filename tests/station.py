@@ -255,7 +255,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             status = 206
         record.status = status
         self.send_response(status)
-        self.send_header("Content-Type", "application/octet-stream")
+        if not any(name.lower() == "content-type" for name, _ in what.headers):
+            self.send_header("Content-Type", "application/octet-stream")
         if what.etag:
             self.send_header("ETag", tag)
         if what.last_modified:
