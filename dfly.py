@@ -33,7 +33,9 @@ The map:
     18. Daemon's door   where container engines knock
     19. Blobs           files on their way through the daemon
     20. Daemon          registry mirror and proxy: blobs by the swarm, the rest straight
-    23. Command line    flags, the programs, main
+    21. Engines         the settings of docker, containerd and podman that point at the daemon
+    23. Demo            the main job on one machine, to see it work
+    24. Command line    flags, the programs, main
 
 One piece's way: the supernode reads it from the origin once (12), writes it at its offset, knows its digest and
 announces it (13).  The scheduler gives it to a peer that lacks it, from the nearest holder with a free upload slot (11);
@@ -49,6 +51,7 @@ that a piece of code implements.
 import collections
 import errno
 import fcntl
+import functools
 import hashlib
 import heapq
 import json
@@ -7663,7 +7666,11 @@ class Daemon:
     def _mirror(self, caller: Caller, target: str) -> None:
         """A path: it is a registry's.  Wire: 11.1"""
         named = re.search(r"[?&]ns=([^&]*)", target)  # containerd says whose mirror it takes us for
-        registry = self._registry(unquote(named.group(1)) if named else "")
+        inside = re.match(r"^/v2/([^/?]+)/", target)  # podman is told to say it so
+        if inside and not named and any(registry.name == inside.group(1) for registry in self._registries[1:]):
+            registry, target = self._registry(inside.group(1)), "/v2/" + target[inside.end():]
+        else:
+            registry = self._registry(unquote(named.group(1)) if named else "")
         url = registry.url + re.sub(r"(?<=[?&])ns=[^&]*&?", "", target).rstrip("?&")
         blob = _BLOB.match(url.partition("?")[0])
         swarm = blob or any(pattern.search(url) for pattern in self._selected)
@@ -8011,7 +8018,326 @@ class Daemon:
 
 
 # ==============================================================================
-# 23. Command line
+# 21. Engines
+#    The settings that make docker, containerd and podman ask the daemon first:
+#    put in, and taken out again without a trace.
+# ==============================================================================
+
+ENGINES = ("docker", "containerd", "podman")
+OURS = "# by dfly.py daemon --install"  # marks our files, and our lines in files of others
+
+
+class Edit(NamedTuple):
+    """What a file becomes; None where there is, or shall be, none."""
+
+    path: str
+    before: Optional[bytes]
+    after: Optional[bytes]
+
+    def shown(self) -> str:
+        """Return the change as `diff -u` shows it, "" where there is none."""
+        import difflib
+        sides = [(data or b"").decode("utf-8", "replace").splitlines(True) for data in (self.before, self.after)]
+        names = ["/dev/null" if data is None else self.path for data in (self.before, self.after)]
+        return "".join(line if line.endswith("\n") else line + "\n" for line in difflib.unified_diff(sides[0], sides[1], names[0], names[1]))
+
+    def apply(self) -> None:
+        """Write it.  Raises NoSpace, CannotWrite."""
+        if self.after is None:
+            remove(self.path)
+            return
+        make_folder(os.path.dirname(self.path))
+        write_whole(self.path, self.after)
+        os.chmod(self.path, 0o644)
+
+
+class EngineSettings:
+    """What the settings of one engine look like with the daemon at `url` as its mirror, and without; `etc` is its /etc.
+
+    `names` are the registries that the daemon knows, the one of requests that name none first.
+    """
+
+    BACKUP = ".before-dfly"  # kept beside what we have changed, until it is taken out
+
+    def __init__(self, engine: str, etc: str, url: str, names: List[str]) -> None:
+        self.engine, self._etc = engine, etc
+        self._url, self._names = url, names
+
+    def install(self) -> List[Edit]:
+        """Return what puts the setting in; nothing where it is.  Raises BadUsage where what is there can't be read, CannotRead."""
+        edits = []
+        for path, put, _ in self._files():
+            now = self._read(path)
+            then = put(now)
+            if then != now:
+                edits += [Edit(path + self.BACKUP, None, now)] if now is not None and self._read(path + self.BACKUP) is None else []
+                edits.append(Edit(path, now, then))
+        return edits
+
+    def uninstall(self) -> List[Edit]:
+        """Return what takes out exactly what `install` has put in.  Raises as that."""
+        edits = []
+        for path, put, take in self._files():
+            now, old = self._read(path), self._read(path + self.BACKUP)
+            if now is None and old is None:
+                continue
+            then = old if old is not None and now == put(old) else None if old is None and now == put(None) else take(now)
+            edits += [Edit(path, now, then)] if then != now else []
+            edits += [Edit(path + self.BACKUP, old, None)] if old is not None else []
+        return edits
+
+    def next_step(self) -> str:
+        """Return what the operator does then."""
+        return {"docker": "systemctl reload docker", "containerd": "systemctl restart containerd"}.get(self.engine, "")
+
+    @staticmethod
+    def _read(path: str) -> Optional[bytes]:
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise CannotRead("%s: %s" % (path, error.strerror))
+
+    def _files(self) -> List[Tuple[str, Callable[[Optional[bytes]], bytes], Callable[[Optional[bytes]], Optional[bytes]]]]:
+        """Return (path, how our setting goes into its content, how it goes out) of each file."""
+        path = functools.partial(os.path.join, self._etc)
+        if self.engine == "docker":
+            daemon = path("docker", "daemon.json")
+            return [(daemon, functools.partial(self._into_json, daemon), functools.partial(self._out_of_json, daemon))]
+        if self.engine == "podman":
+            return [self._own(path("containers", "registries.conf.d", "50-dfly.conf"), self._podman())]
+        config = path("containerd", "config.toml")
+        folder = re.search(r'^\s*config_path\s*=\s*"([^"]+)"', (self._read(config) or b"").decode("utf-8", "replace"), re.M)
+        hosts = os.path.join(folder.group(1) if folder else path("containerd", "certs.d"), "_default", "hosts.toml")
+        return [self._own(hosts, '[host."%s"]\n  capabilities = ["pull", "resolve"]\n' % self._url),
+                (config, functools.partial(self._into_toml, config), self._out_of_toml)]
+
+    # -- a file of our own -----------------------------------------------------------
+
+    def _own(self, path: str, text: str) -> Any:
+        def put(now: Optional[bytes]) -> bytes:
+            if now is not None and not now.startswith(OURS.encode()):
+                raise BadUsage("%s: there is one already that is not ours: add to it by hand\n%s" % (path, text))
+            return (OURS + "\n" + text).encode()
+
+        def take(now: Optional[bytes]) -> Optional[bytes]:
+            return None if now is not None and now.startswith(OURS.encode()) else now
+
+        return path, put, take
+
+    def _podman(self) -> str:
+        where = self._url.partition("://")[2]
+        mirrors = [(self._names[0], where)] + [(name, "%s/%s" % (where, name)) for name in self._names[1:] if name != self._names[0]]
+        return "\n".join('[[registry]]\nprefix = "%s"\nlocation = "%s"\n[[registry.mirror]]\nlocation = "%s"\ninsecure = true\n' % (name, name, mirror)
+                         for name, mirror in mirrors)
+
+    # -- docker's daemon.json ----------------------------------------------------------
+
+    @staticmethod
+    def _json(path: str, now: Optional[bytes]) -> Dict[str, Any]:
+        try:
+            found = json.loads((now or b"").decode() or "{}", object_pairs_hook=collections.OrderedDict)
+            if not isinstance(found, dict) or not isinstance(found.get("registry-mirrors", []), list):
+                raise ValueError("not a map, or its registry-mirrors not a list")
+            return found
+        except ValueError as error:
+            raise BadUsage("%s: can't be read, and is left as it is: %s" % (path, error))
+
+    def _into_json(self, path: str, now: Optional[bytes]) -> bytes:
+        found = self._json(path, now)
+        mirrors = found.setdefault("registry-mirrors", [])
+        if self._url in mirrors:
+            return now or b""
+        mirrors.insert(0, self._url)
+        return (json.dumps(found, indent=4, ensure_ascii=False) + "\n").encode()
+
+    def _out_of_json(self, path: str, now: Optional[bytes]) -> Optional[bytes]:
+        found = self._json(path, now)
+        if self._url not in found.get("registry-mirrors", []):
+            return now
+        found["registry-mirrors"].remove(self._url)
+        if not found["registry-mirrors"]:
+            del found["registry-mirrors"]
+        return (json.dumps(found, indent=4, ensure_ascii=False) + "\n").encode() if found else None
+
+    # -- containerd's config.toml: its CRI plugin looks into a folder of hosts only if told so -----------
+
+    def _into_toml(self, path: str, now: Optional[bytes]) -> bytes:
+        text = (now or b"").decode("utf-8", "surrogateescape")
+        if re.search(r"^\s*config_path\s*=\s*\"[^\"]", text, re.M):
+            return now or b""
+        if re.search(r"^\s*\[plugins\..*\.registry\.(mirrors|configs)", text, re.M):
+            raise BadUsage("%s: has registry.mirrors or registry.configs, which containerd does not take together with a folder of hosts" % path)
+        line = 'config_path = "%s"  %s\n' % (os.path.join(self._etc, "containerd", "certs.d"), OURS)
+        section = re.search(r'^\s*\[plugins\.(["\'])io\.containerd\.grpc\.v1\.cri\1\.registry\][^\n]*(\n|$)', text, re.M)
+        empty = re.search(r'^[^\S\n]*config_path\s*=\s*""[^\n]*\n', text, re.M)
+        if empty:
+            raise BadUsage("%s: has an empty config_path: make it %s" % (path, line.partition("=")[2].partition("#")[0].strip()))
+        if section:
+            return (text[:section.end()] + line + text[section.end():]).encode("utf-8", "surrogateescape")
+        start = "" if text else "version = 2  %s\n" % OURS
+        gap = "" if not text or text.endswith("\n") else "\n"
+        return (text + gap + start + '[plugins."io.containerd.grpc.v1.cri".registry]  %s\n' % OURS + line).encode("utf-8", "surrogateescape")
+
+    @staticmethod
+    def _out_of_toml(now: Optional[bytes]) -> Optional[bytes]:
+        left = b"".join(line for line in (now or b"").splitlines(True) if OURS.encode() not in line)
+        return left if left or not now else None
+
+
+# ==============================================================================
+# 23. Demo
+#    The main job on one machine, to see it work.
+# ==============================================================================
+
+class _DemoOrigin:
+    """The demo's origin: one file, whole or a range of it."""
+
+    ROUTES = (Route("GET", "/demo.bin", "file"),)
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def file(self, request: Request) -> Response:
+        """GET /demo.bin."""
+        length = os.stat(self._path).st_size
+        start, end = request.range(length) or (0, length)
+        body = [FileSpan(os.open(self._path, os.O_RDONLY), start, end - start)]
+        headers = [("Content-Range", "bytes %d-%d/%d" % (start, end - 1, length))] if end - start < length else []
+        return Response(206 if headers else 200, body, "application/octet-stream", headers + [("ETag", '"demo"')])
+
+
+class Demo:
+    """The main job on one machine: an origin, a supernode and some peers, all real processes but the origin."""
+
+    PEERS, SIZE = 4, 64 * MIB
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.processes = []  # type: List[Any]
+        self.names = {}  # type: Dict[str, str]  # address -> name
+
+    def run(self) -> int:
+        """Show it; return the exit status."""
+        origin, digest = self._origin()
+        try:
+            return self._swarm("http://127.0.0.1:%d/demo.bin" % origin.address[1], digest, origin)
+        finally:
+            self._end()
+            origin.stop()
+
+    def _origin(self) -> Tuple[Server, str]:
+        path, digest = os.path.join(self.folder, "demo.bin"), hashlib.sha256()
+        with open(path, "wb") as file:
+            for _ in range(self.SIZE // MIB):
+                block = os.urandom(MIB)
+                digest.update(block)
+                file.write(block)
+        server = Server(listen("127.0.0.1", 0), _DemoOrigin.ROUTES, _DemoOrigin(path), Log(), "origin")
+        server.start()
+        return server, digest.hexdigest()
+
+    def _spawn(self, *arguments: str) -> Any:
+        import subprocess
+        process = subprocess.Popen([sys.executable, os.path.abspath(__file__)] + list(arguments), stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.processes.append(process)
+        return process
+
+    def _swarm(self, url: str, digest: str, origin: Server) -> int:
+        home = os.path.join(self.folder, "supernode")
+        supernode = self._spawn("supernode", "--home", home, "--port", "0", "--download-port", "0", "--advertise-ip", "127.0.0.1", "--bind", "127.0.0.1")
+        match = re.search(r"on (\S+):(\d+) pieces on (\S+)$", supernode.stdout.readline().decode().strip())
+        if not match:
+            raise NetworkError("the demo's supernode does not start")
+        self.names[match.group(3)] = "supernode"
+        print("origin     %s  (%s)" % (url, show_size(self.SIZE)))
+        print("supernode  127.0.0.1:%s" % match.group(2))
+        began = time.monotonic()
+        peers = [self._spawn("get", "-u", url, "-o", self._path(i, "out"), "--node", "127.0.0.1:" + match.group(2), "--home", self._path(i, "home"),
+                             "--ip", "127.0.0.1", "--notbs", "--locallimit", "40M") for i in range(self.PEERS)]
+        self._watch(peers, began)
+        outputs = [process.communicate(timeout=60)[0].decode() for process in peers]
+        for i in range(self.PEERS):
+            answer = UploaderLine(self._path(i, "home")).call("GET", "/ping") or {}
+            self.names["127.0.0.1:%s" % answer.get("port")] = "peer %d" % (i + 1)
+        good = [self._verified(i, digest) for i in range(self.PEERS)]
+        self._table(good, origin, time.monotonic() - began)
+        for i, output in enumerate(outputs):
+            if not good[i]:
+                print("peer %d: %s" % (i + 1, output))
+        return 0 if all(good) else 1
+
+    def _path(self, i: int, name: str) -> str:
+        return os.path.join(make_folder(os.path.join(self.folder, "peer%d" % (i + 1))), name)
+
+    def _watch(self, peers: List[Any], began: float) -> None:
+        """Draw how far each peer is until all have ended."""
+        shown = 0.0
+        while any(process.poll() is None for process in peers):
+            if time.monotonic() > began + 120:
+                raise Stalled("the demo has not finished within two minutes")
+            time.sleep(0.1)
+            if sys.stdout.isatty() or time.monotonic() > shown + 1:
+                shown = time.monotonic()
+                print(("\r" if sys.stdout.isatty() else "") + "  ".join("peer %d %3d %%" % (i + 1, self._percent(i)) for i in range(self.PEERS)),
+                      end="" if sys.stdout.isatty() else "\n", flush=True)
+        print()
+
+    def _percent(self, i: int) -> int:
+        """Return how much of its file a peer has, by the blocks it has on disk."""
+        for folder, _, names in os.walk(self._path(i, "")):
+            for name in names:
+                if name == "out" or name.endswith(".dfly"):
+                    try:
+                        return min(100, 100 * os.stat(os.path.join(folder, name)).st_blocks * 512 // self.SIZE)
+                    except OSError:
+                        return 100  # it has just got its name
+        return 0
+
+    def _verified(self, i: int, digest: str) -> bool:
+        found = hashlib.sha256()
+        try:
+            with open(self._path(i, "out"), "rb") as file:
+                for block in iter(lambda: file.read(MIB), b""):
+                    found.update(block)
+        except OSError:
+            return False
+        return found.hexdigest() == digest
+
+    def _table(self, good: List[bool], origin: Server, seconds: float) -> None:
+        rows = ["supernode"] + ["peer %d" % (i + 1) for i in range(self.PEERS)]
+        print("\n%-10s %s   %s" % ("to \\ from", " ".join("%10s" % row for row in ["origin"] + rows), "sha256"))
+        print("%-10s %10s" % ("supernode", show_size(origin.sent_bytes)))
+        for i in range(self.PEERS):
+            sources = {}  # type: Dict[str, int]
+            with open(os.path.join(self._path(i, "home"), "logs", "dfclient.log"), encoding="utf-8") as file:
+                for line in file:
+                    if " sources {" in line:
+                        sources = {self.names.get(where, where): count for where, count in json.loads(line.split(" sources ", 1)[1]).items()}
+            cells = [show_size(sources.get(name, 0)) if sources.get(name) else "-" for name in ["origin"] + rows]
+            print("%-10s %s   %s" % ("peer %d" % (i + 1), " ".join("%10s" % cell for cell in cells), "verified" if good[i] else "WRONG"))
+        print("\n%d x %s in %s; the origin sent %.2f copies" % (self.PEERS, show_size(self.SIZE), show_time(seconds), origin.sent_bytes / float(self.SIZE)))
+
+    def _end(self) -> None:
+        for i in range(self.PEERS):
+            answer = UploaderLine(self._path(i, "home")).call("GET", "/ping")
+            if answer:
+                os.kill(answer["pid"], signal.SIGTERM)
+                deadline = time.monotonic() + 5
+                while os.path.exists(os.path.join(self._path(i, "home"), "peer.pid")) and time.monotonic() < deadline:
+                    time.sleep(0.02)
+        for process in self.processes:
+            if process.poll() is None:
+                process.terminate()
+            process.wait(10)
+            process.stdout.close()
+
+
+# ==============================================================================
+# 24. Command line
 #    Flags, the programs they start, and what a link's name means.
 # ==============================================================================
 
@@ -8282,6 +8608,10 @@ def daemon_parser(command: str) -> Any:
     _flag(parser, "--callsystem", default="", metavar="NAME", help="who is calling, for the logs")
     _flag(parser, "--notbs", action="store_true", help="downloads never go back to source (a blob that fails is then asked of the registry as a whole)")
     _flag(parser, "--verbose", action="store_true", help="keep debug lines in the log")
+    _flag(parser, "--install", choices=ENGINES, default="", help="make this host's engine ask the daemon first, and end")
+    _flag(parser, "--uninstall", choices=ENGINES, default="", help="take that out again, and end")
+    _flag(parser, "--dry-run", action="store_true", help="only show what --install or --uninstall would change")
+    _flag(parser, "--etc", type=_absolute, default="/etc", metavar="FOLDER", help="where the engine's settings are (/etc)")
     for name in ("--dfpath", "--maxprocs", "--certpem", "--keypem"):
         _flag(parser, name, default="", metavar="X", help="not used" if "pem" in name else "accepted for compatibility")
     _flag(parser, "--streammode", "--streamMode", action="store_true", help="accepted for compatibility: it always streams")
@@ -8391,6 +8721,33 @@ def _not_through_us(hosts: Tuple[str, ...], port: int) -> None:
             del os.environ[name]
 
 
+def _registries(options: Any) -> List[Registry]:
+    """Return the registries that a daemon is a mirror of.  Raises BadSetting."""
+    return [Registry("", options.registry.rstrip("/"), options.insecure, tuple(options.cacerts))] + [Registry.parse(text) for text in options.mirror]
+
+
+def _set_up(options: Any) -> int:
+    """`daemon --install ENGINE`, `--uninstall ENGINE`: change the settings of an engine, or with --dry-run show how; return the status."""
+    if options.install and options.uninstall:
+        raise BadUsage("--install and --uninstall: one of them")
+    registries = _registries(options)
+    site = urlsplit(registries[0].url).netloc
+    names = ["docker.io" if site in ("index.docker.io", "registry-1.docker.io") else site] + [registry.name for registry in registries[1:]]
+    settings = EngineSettings(options.install or options.uninstall, options.etc, "http://" + join_host(options.hostip, options.port), names)
+    edits = settings.install() if options.install else settings.uninstall()
+    for edit in edits:
+        if options.dry_run:
+            sys.stdout.write(edit.shown())
+        else:
+            edit.apply()
+            print("%s %s" % ("removed" if edit.after is None else "written", edit.path))
+    if not edits:
+        print("nothing to do: %s" % ("it is there already" if options.install else "nothing of ours is there"))
+    elif settings.next_step() and not options.dry_run:
+        print("now: %s" % settings.next_step())
+    return 0
+
+
 def run_daemon(arguments: List[str], old: bool) -> int:
     """`daemon` and `dfdaemon`: serve until a signal comes.  Wire: 11"""
     options = _parse(daemon_parser("dfdaemon" if old else "dfly.py daemon"), "daemon", _with_yml(_go_flags(arguments), old))
@@ -8403,9 +8760,11 @@ def run_daemon(arguments: List[str], old: bool) -> int:
         raise BadSetting("--registry %s leads back to this daemon" % options.registry, 10)
     if options.certpem or options.keypem:
         raise BadSetting("--certpem, --keypem: this daemon speaks plain HTTP to its own host's engines only", 10)
+    if options.install or options.uninstall:
+        return _set_up(options)
     rules = [Rule.parse(text) for text in options.proxy]
     selected = [Rule.parse(text).pattern for text in options.rule]
-    registries = [Registry("", options.registry.rstrip("/"), options.insecure, tuple(options.cacerts))] + [Registry.parse(text) for text in options.mirror]
+    registries = _registries(options)
     upstream = Upstream({urlsplit(registry.url).netloc: (registry.insecure, list(registry.cacerts)) for registry in reversed(registries)})
     options_for = _daemon_options(options, upstream.trust)
     lock = _daemon_folders(options)
@@ -8465,150 +8824,6 @@ def _status_lines(found: Dict[str, Any]) -> List[str]:
         lines.append("  %s  %s  %s in %s, from: %s%s" % (time.strftime("%H:%M:%S", time.localtime(blob["at"])), blob["blob"], show_size(blob["bytes"]),
                                                          show_time(blob["seconds"]), show_shares(blob["sources"]), blob["error"] and "; " + blob["error"]))
     return lines
-
-
-class _DemoOrigin:
-    """The demo's origin: one file, whole or a range of it."""
-
-    ROUTES = (Route("GET", "/demo.bin", "file"),)
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def file(self, request: Request) -> Response:
-        """GET /demo.bin."""
-        length = os.stat(self._path).st_size
-        start, end = request.range(length) or (0, length)
-        body = [FileSpan(os.open(self._path, os.O_RDONLY), start, end - start)]
-        headers = [("Content-Range", "bytes %d-%d/%d" % (start, end - 1, length))] if end - start < length else []
-        return Response(206 if headers else 200, body, "application/octet-stream", headers + [("ETag", '"demo"')])
-
-
-class Demo:
-    """The main job on one machine: an origin, a supernode and some peers, all real processes but the origin."""
-
-    PEERS, SIZE = 4, 64 * MIB
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.processes = []  # type: List[Any]
-        self.names = {}  # type: Dict[str, str]  # address -> name
-
-    def run(self) -> int:
-        """Show it; return the exit status."""
-        origin, digest = self._origin()
-        try:
-            return self._swarm("http://127.0.0.1:%d/demo.bin" % origin.address[1], digest, origin)
-        finally:
-            self._end()
-            origin.stop()
-
-    def _origin(self) -> Tuple[Server, str]:
-        path, digest = os.path.join(self.folder, "demo.bin"), hashlib.sha256()
-        with open(path, "wb") as file:
-            for _ in range(self.SIZE // MIB):
-                block = os.urandom(MIB)
-                digest.update(block)
-                file.write(block)
-        server = Server(listen("127.0.0.1", 0), _DemoOrigin.ROUTES, _DemoOrigin(path), Log(), "origin")
-        server.start()
-        return server, digest.hexdigest()
-
-    def _spawn(self, *arguments: str) -> Any:
-        import subprocess
-        process = subprocess.Popen([sys.executable, os.path.abspath(__file__)] + list(arguments), stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        self.processes.append(process)
-        return process
-
-    def _swarm(self, url: str, digest: str, origin: Server) -> int:
-        home = os.path.join(self.folder, "supernode")
-        supernode = self._spawn("supernode", "--home", home, "--port", "0", "--download-port", "0", "--advertise-ip", "127.0.0.1", "--bind", "127.0.0.1")
-        match = re.search(r"on (\S+):(\d+) pieces on (\S+)$", supernode.stdout.readline().decode().strip())
-        if not match:
-            raise NetworkError("the demo's supernode does not start")
-        self.names[match.group(3)] = "supernode"
-        print("origin     %s  (%s)" % (url, show_size(self.SIZE)))
-        print("supernode  127.0.0.1:%s" % match.group(2))
-        began = time.monotonic()
-        peers = [self._spawn("get", "-u", url, "-o", self._path(i, "out"), "--node", "127.0.0.1:" + match.group(2), "--home", self._path(i, "home"),
-                             "--ip", "127.0.0.1", "--notbs", "--locallimit", "40M") for i in range(self.PEERS)]
-        self._watch(peers, began)
-        outputs = [process.communicate(timeout=60)[0].decode() for process in peers]
-        for i in range(self.PEERS):
-            answer = UploaderLine(self._path(i, "home")).call("GET", "/ping") or {}
-            self.names["127.0.0.1:%s" % answer.get("port")] = "peer %d" % (i + 1)
-        good = [self._verified(i, digest) for i in range(self.PEERS)]
-        self._table(good, origin, time.monotonic() - began)
-        for i, output in enumerate(outputs):
-            if not good[i]:
-                print("peer %d: %s" % (i + 1, output))
-        return 0 if all(good) else 1
-
-    def _path(self, i: int, name: str) -> str:
-        return os.path.join(make_folder(os.path.join(self.folder, "peer%d" % (i + 1))), name)
-
-    def _watch(self, peers: List[Any], began: float) -> None:
-        """Draw how far each peer is until all have ended."""
-        shown = 0.0
-        while any(process.poll() is None for process in peers):
-            if time.monotonic() > began + 120:
-                raise Stalled("the demo has not finished within two minutes")
-            time.sleep(0.1)
-            if sys.stdout.isatty() or time.monotonic() > shown + 1:
-                shown = time.monotonic()
-                print(("\r" if sys.stdout.isatty() else "") + "  ".join("peer %d %3d %%" % (i + 1, self._percent(i)) for i in range(self.PEERS)),
-                      end="" if sys.stdout.isatty() else "\n", flush=True)
-        print()
-
-    def _percent(self, i: int) -> int:
-        """Return how much of its file a peer has, by the blocks it has on disk."""
-        for folder, _, names in os.walk(self._path(i, "")):
-            for name in names:
-                if name == "out" or name.endswith(".dfly"):
-                    try:
-                        return min(100, 100 * os.stat(os.path.join(folder, name)).st_blocks * 512 // self.SIZE)
-                    except OSError:
-                        return 100  # it has just got its name
-        return 0
-
-    def _verified(self, i: int, digest: str) -> bool:
-        found = hashlib.sha256()
-        try:
-            with open(self._path(i, "out"), "rb") as file:
-                for block in iter(lambda: file.read(MIB), b""):
-                    found.update(block)
-        except OSError:
-            return False
-        return found.hexdigest() == digest
-
-    def _table(self, good: List[bool], origin: Server, seconds: float) -> None:
-        rows = ["supernode"] + ["peer %d" % (i + 1) for i in range(self.PEERS)]
-        print("\n%-10s %s   %s" % ("to \\ from", " ".join("%10s" % row for row in ["origin"] + rows), "sha256"))
-        print("%-10s %10s" % ("supernode", show_size(origin.sent_bytes)))
-        for i in range(self.PEERS):
-            sources = {}  # type: Dict[str, int]
-            with open(os.path.join(self._path(i, "home"), "logs", "dfclient.log"), encoding="utf-8") as file:
-                for line in file:
-                    if " sources {" in line:
-                        sources = {self.names.get(where, where): count for where, count in json.loads(line.split(" sources ", 1)[1]).items()}
-            cells = [show_size(sources.get(name, 0)) if sources.get(name) else "-" for name in ["origin"] + rows]
-            print("%-10s %s   %s" % ("peer %d" % (i + 1), " ".join("%10s" % cell for cell in cells), "verified" if good[i] else "WRONG"))
-        print("\n%d x %s in %s; the origin sent %.2f copies" % (self.PEERS, show_size(self.SIZE), show_time(seconds), origin.sent_bytes / float(self.SIZE)))
-
-    def _end(self) -> None:
-        for i in range(self.PEERS):
-            answer = UploaderLine(self._path(i, "home")).call("GET", "/ping")
-            if answer:
-                os.kill(answer["pid"], signal.SIGTERM)
-                deadline = time.monotonic() + 5
-                while os.path.exists(os.path.join(self._path(i, "home"), "peer.pid")) and time.monotonic() < deadline:
-                    time.sleep(0.02)
-        for process in self.processes:
-            if process.poll() is None:
-                process.terminate()
-            process.wait(10)
-            process.stdout.close()
 
 
 def run_demo(arguments: List[str]) -> int:
