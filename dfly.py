@@ -59,6 +59,7 @@ import os
 import queue
 import random
 import re
+import select
 import selectors
 import signal
 import socket
@@ -1063,6 +1064,7 @@ class _Link:
         self.response = None  # type: Optional[Response]
         self.output = collections.deque()  # type: collections.deque
         self.keep = True  # whether another request may follow
+        self.site = ""  # https://… of whom we speak as, inside a tunnel
         self.closing = False  # the client has shut its sending side
         self.quick = False  # its congestion control is the one for bursts
         self.events = 0  # what the selector watches for
@@ -1199,10 +1201,11 @@ class Server:
                 continue
             self._adopt(sock)
 
-    def _adopt(self, sock: socket.socket) -> None:
+    def _adopt(self, sock: socket.socket, client: str = "", site: str = "") -> None:
         sock.setblocking(False)
         try:
             link = _Link(sock)
+            link.client, link.site = link.client or client, site
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError:  # it left between accept and here
@@ -1541,6 +1544,19 @@ class Server:
             self._guard(gone)
 
 
+def readable(things: List[Any], seconds: float) -> List[Any]:
+    """Return which of some sockets, files and descriptors can be read, as soon as one can, within `seconds`.
+
+    A poll: select knows no descriptor above 1,023.
+    """
+    poll, known = select.poll(), {}
+    for thing in things:
+        known[thing if isinstance(thing, int) else thing.fileno()] = thing
+    for fd in known:
+        poll.register(fd, select.POLLIN)
+    return [known[fd] for fd, _ in poll.poll(max(0.0, seconds) * 1000)]
+
+
 def round_trips(sock: socket.socket) -> Tuple[float, float]:
     """Return the shortest round trip in seconds that the kernel has seen on a connection, and its average of late; 0.0 where it
     doesn't say."""
@@ -1733,7 +1749,6 @@ class HttpLink:
             window = min(max(128 << 10, 16 * segment, int(pace * (0.03 + 3 * shortest))), 1 << 30)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, window)
             if not self._heap_most:
-                import select
                 self._poll = select.poll()
                 self._poll.register(self.sock, select.POLLIN)
             self._heap_most = window // 2
@@ -3076,14 +3091,14 @@ class Upstream:
     CONNECT_S = 10.0  # TLS included
     ANSWER_S = 120.0  # without a byte: a registry may have to commit a large layer first
 
-    def __init__(self, trust: Dict[str, Tuple[bool, List[str]]]) -> None:
-        self._trust = trust  # by site: whether any certificate is good, and more CAs
+    def __init__(self, trust: Callable[[str], Tuple[bool, List[str]]]) -> None:
+        self._trust = trust  # of a site (host, or host:port): whether any certificate is good, and more CAs
         self._lock = threading.Lock()
         self._idle = collections.defaultdict(list)  # type: Dict[Tuple[str, str], List[Any]]
 
     def trust(self, url: str) -> Tuple[bool, List[str]]:
         """Return whether any certificate of a URL's site is good, and the CAs that count there besides the system's."""
-        return self._trust.get(urlsplit(url).netloc, (False, []))
+        return self._trust(urlsplit(url).netloc.rpartition("@")[2])
 
     def ask(self, method: str, url: str, headers: Any, body: Optional[Iterator[bytes]] = None, length: Optional[int] = 0) -> Tuple[Any, Any]:
         """Send a request with a body of `length` bytes (None: as many as come), and return (connection, answer) once the
@@ -3151,14 +3166,13 @@ class Upstream:
 
     def _kept(self, parts: Any) -> Any:
         """Return an idle connection that the other end has not closed; None without one."""
-        import select
         while True:
             with self._lock:
                 idle = self._idle[parts.scheme, parts.netloc]
                 if not idle:
                     return None
                 connection = idle.pop()
-            if not select.select([connection.sock], [], [], 0)[0]:
+            if not readable([connection.sock], 0):
                 return connection
             connection.close()
 
@@ -5721,7 +5735,6 @@ def _tell_port(fd: int, port: int) -> None:
 
 
 def _fork_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: float, total_limit: int, verbose: bool) -> Optional[Dict[str, Any]]:
-    import select
     ready_r, ready_w = os.pipe()
     pid = os.fork()
     if not pid:
@@ -5743,7 +5756,7 @@ def _fork_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: floa
     os.close(ready_w)
     os.waitpid(pid, 0)
     try:
-        if select.select([ready_r], [], [], 5.0)[0]:
+        if readable([ready_r], 5.0):
             text = os.read(ready_r, 16)
             return {"port": int(text), "version": VERSION} if text else None
     finally:
@@ -5771,12 +5784,11 @@ class Companion:
         return answer["port"] if answer and answer.get("version") == VERSION else 0
 
     def _start(self) -> None:
-        import select
         import subprocess
         self._end()
         self._child = subprocess.Popen([sys.executable, os.path.realpath(__file__), "peer", "--home", self._home] + self._arguments,
                                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-        if select.select([self._child.stdout], [], [], CONTROL_S)[0]:  # it says its port, or ends
+        if readable([self._child.stdout], CONTROL_S):  # it says its port, or ends
             os.read(self._child.stdout.fileno(), 4096)
 
     def _end(self, limit_s: float = 0.5) -> None:
@@ -5915,8 +5927,7 @@ class Fetchers:
 
     def wait(self, seconds: float, others: Any = ()) -> List[Any]:
         """Wait for an outcome or for something to read on `others`; return those of them that are ready."""
-        import select
-        ready = select.select([self.wake_fd] + list(others), [], [], seconds)[0]
+        ready = readable([self.wake_fd] + list(others), seconds)
         if self.wake_fd in ready:
             os.read(self.wake_fd, 4096)
             ready.remove(self.wake_fd)
@@ -7074,6 +7085,23 @@ class BadSetting(BadUsage):
         self.daemon_exit = daemon_exit
 
 
+def _words(text: str, form: str, allowed: Set[str]) -> Tuple[str, Dict[str, str]]:
+    """Return the first word of a setting, and the others as {name: value}; `form` says how it is written.  Raises BadSetting."""
+    first, *words = text.split() or [""]
+    known = {word.partition("=")[0]: word.partition("=")[2] for word in words}
+    if not first or set(known) - allowed:
+        raise BadSetting("can't be read: %r (write %s)" % (text, form), 10)
+    return first, known
+
+
+def _pattern(text: str) -> Any:
+    """Return a regular expression of a setting.  Raises BadSetting."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise BadSetting("not a regular expression: %r: %s" % (text, error), 10)
+
+
 class Rule(NamedTuple):
     """What becomes of a proxied URL that `pattern` is found in.  Wire: 11.3"""
 
@@ -7085,14 +7113,8 @@ class Rule(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "Rule":
         """Return the rule `REGEX [direct] [use_https] [redirect=HOST]`.  Raises BadSetting."""
-        pattern, *words = text.split() or [""]
-        known = {word.partition("=")[0]: word.partition("=")[2] for word in words}
-        if not pattern or set(known) - {"direct", "use_https", "redirect"}:
-            raise BadSetting("not a proxy rule: %r (write REGEX [direct] [use_https] [redirect=HOST])" % text, 10)
-        try:
-            return cls(re.compile(pattern), "direct" in known, "use_https" in known, known.get("redirect", ""))
-        except re.error as error:
-            raise BadSetting("not a regular expression: %r: %s" % (pattern, error), 10)
+        pattern, known = _words(text, "REGEX [direct] [use_https] [redirect=HOST]", {"direct", "use_https", "redirect"})
+        return cls(_pattern(pattern), "direct" in known, "use_https" in known, known.get("redirect", ""))
 
     def apply(self, url: str) -> str:
         """Return what is asked instead of `url`."""
@@ -7112,10 +7134,9 @@ class Registry(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "Registry":
         """Return the registry `NAME=URL [insecure] [cacerts=FILE,…]`.  Raises BadSetting."""
-        where, *words = text.split() or [""]
+        where, known = _words(text, "NAME=URL [insecure] [cacerts=FILE,…]", {"insecure", "cacerts"})
         name, _, url = where.partition("=")
-        known = {word.partition("=")[0]: word.partition("=")[2] for word in words}
-        if not name or not re.match(r"^https?://[^/?#\s]+", url, re.I) or set(known) - {"insecure", "cacerts"}:
+        if not name or not re.match(r"^https?://[^/?#\s]+", url, re.I):
             raise BadSetting("not a mirror: %r (write NAME=URL [insecure] [cacerts=FILE,…])" % text, 10)
         return cls(name, url.rstrip("/"), "insecure" in known, tuple(filter(None, known.get("cacerts", "").split(","))))
 
@@ -7148,11 +7169,142 @@ class Once:
             mine[0].set()
 
 
+class Opened(NamedTuple):
+    """The sites (`host:port`, by a pattern) whose tunnels are opened, and whom to trust there.  Wire: 11.3"""
+
+    pattern: Any
+    insecure: bool = False
+    cacerts: Tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> "Opened":
+        """Return the sites `REGEX [insecure] [cacerts=FILE,…]`.  Raises BadSetting."""
+        pattern, known = _words(text, "REGEX [insecure] [cacerts=FILE,…]", {"insecure", "cacerts"})
+        return cls(_pattern(pattern), "insecure" in known, tuple(filter(None, known.get("cacerts", "").split(","))))
+
+
+class Authority:
+    """The CA by whose word the daemon speaks as other hosts: a certificate for each, made by the `openssl` program when it is first
+    needed, good for RENEW_S and kept in `folder`.  A certificate that is no CA's is shown as it is, for every host.
+
+    _lock guards _contexts.
+    """
+
+    DAYS, RENEW_S, CA_DAYS = 90, 60 * 86400.0, 3650
+    EXTENSIONS = "[req]\ndistinguished_name = dn\n[dn]\n[ext]\n"
+
+    def __init__(self, cert: str, key: str, folder: str) -> None:
+        self._cert, self._key, self._folder = cert, key, make_folder(folder)
+        self._lock = threading.Lock()
+        self._making = Once()
+        self._contexts = {}  # type: Dict[str, Tuple[float, Any]]  # by host: when it was made (wall clock), and the context
+        self._tls(cert, key)
+        self._is_ca = b"CA:TRUE" in self.openssl("x509", "-in", cert, "-noout", "-text")
+
+    @staticmethod
+    def openssl(*arguments: str) -> bytes:
+        """Return what the openssl program says.  Raises BadUsage when it fails or is not there."""
+        import subprocess
+        try:
+            done = subprocess.run(("openssl",) + arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+        except FileNotFoundError:
+            raise BadUsage("there is no openssl program here, which makes certificates: make them elsewhere")
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise BadUsage("openssl: %s" % error)
+        if done.returncode:
+            raise BadUsage("openssl %s: %s" % (arguments[0], " ".join(done.stderr.decode("utf-8", "replace").split())[:300]))
+        return done.stdout
+
+    @classmethod
+    def make_key(cls, path: str) -> None:
+        """Write a new private key that nobody else may read."""
+        write_whole(path, b"")
+        os.chmod(path, 0o600)
+        with open(path, "r+b") as file:
+            file.write(cls.openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout"))
+
+    @classmethod
+    def make_ca(cls, cert: str, key: str) -> None:
+        """Write a new CA's certificate and key, good for ten years.  Raises BadUsage, NoSpace, CannotWrite."""
+        cls.make_key(key)
+        config = cert + ".cnf"
+        write_whole(config, (cls.EXTENSIONS + "basicConstraints = critical,CA:TRUE,pathlen:0\nkeyUsage = critical,keyCertSign,cRLSign\n"
+                             "subjectKeyIdentifier = hash\n").encode())
+        try:
+            name = re.sub(r"[^\w.-]", "-", socket.gethostname())[:40]
+            write_whole(cert, cls.openssl("req", "-x509", "-new", "-key", key, "-sha256", "-days", str(cls.CA_DAYS), "-set_serial",
+                                          "0x" + os.urandom(8).hex(), "-subj", "/CN=dfly of " + name, "-config", config, "-extensions", "ext"))
+        finally:
+            remove(config)
+
+    def context(self, host: str) -> Any:
+        """Return the TLS context of a server that is `host`.  Raises BadGateway."""
+        with self._lock:
+            made, context = self._contexts.get(host, (0.0, None))
+        if not context or time.time() > made + self.RENEW_S:
+            context = self._making.ask(host, lambda: self._context(host))
+            if not context:
+                raise BadGateway("there is no certificate for %.100s" % host)
+        return context
+
+    def _context(self, host: str) -> Any:
+        try:
+            cert, key, made = (self._leaf(host) if self._is_ca else (self._cert, self._key, time.time()))
+            context = self._tls(cert, key)
+        except BadUsage as error:
+            raise BadGateway("no certificate for %.100s: %s" % (host, error))
+        context.set_alpn_protocols(["http/1.1"])
+        with self._lock:
+            self._contexts[host] = (made, context)
+        return context
+
+    @staticmethod
+    def _tls(cert: str, key: str) -> Any:
+        import ssl
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if hasattr(ssl, "PROTOCOL_TLS_SERVER") else ssl.PROTOCOL_TLS)
+        try:
+            context.load_cert_chain(cert, key)
+        except (OSError, ssl.SSLError) as error:
+            raise BadUsage("certificate %s and key %s: %s" % (cert, key, getattr(error, "reason", "") or error.strerror or error))
+        return context
+
+    def _leaf(self, host: str) -> Tuple[str, str, float]:
+        """Return certificate, key and when it was made, of a host; made unless one is there that is young and of this CA."""
+        key, cert = os.path.join(self._folder, "leaf.key"), os.path.join(self._folder, hashlib.sha256(host.encode()).hexdigest()[:32] + ".pem")
+        with open(self._cert, "rb") as file:
+            chain = file.read()
+        try:
+            made = os.stat(cert).st_mtime
+            with open(cert, "rb") as file:
+                if file.read().endswith(chain) and time.time() < made + self.RENEW_S and os.path.exists(key):
+                    return cert, key, made
+        except FileNotFoundError:
+            pass
+        if not os.path.exists(key):
+            self._making.ask("", lambda: self.make_key(key) or True)
+        write_whole(cert, self._signed(host, key, cert) + chain)
+        return cert, key, time.time()
+
+    def _signed(self, host: str, key: str, path: str) -> bytes:
+        """Return a new certificate of a host."""
+        kind = "IP" if re.match(r"^[\d.]+$|:", host) else "DNS"
+        write_whole(path + ".cnf", (self.EXTENSIONS + "subjectAltName = %s:%s\nextendedKeyUsage = serverAuth\nbasicConstraints = critical,CA:FALSE\n" % (
+            kind, host)).encode())
+        try:
+            write_whole(path + ".csr", self.openssl("req", "-new", "-key", key, "-sha256", "-subj", "/CN=" + host[:64], "-config", path + ".cnf"))
+            return self.openssl("x509", "-req", "-in", path + ".csr", "-CA", self._cert, "-CAkey", self._key, "-set_serial", "0x" + os.urandom(8).hex(),
+                                "-days", str(self.DAYS), "-sha256", "-extfile", path + ".cnf", "-extensions", "ext")
+        finally:
+            remove(path + ".cnf")
+            remove(path + ".csr")
+
+
 class Caller:
     """A client whose request a thread has in hand: what it asks, its body as far as unread, and the way back to it."""
 
-    def __init__(self, link: _Link, request: Request, modern: bool, ahead: bytes) -> None:
-        self.request = request
+    def __init__(self, link: _Link, request: Request, modern: bool, ahead: bytes, door: "Doorway") -> None:
+        self.request, self.door = request, door
+        self.site = link.site  # where it is, inside a tunnel
         self._modern = modern  # it knows chunks
         self.keep = link.keep  # another request may follow
         self.line = HttpLink(request.client, 0, CLIENT_S, sock=link.sock, ahead=ahead)
@@ -7270,12 +7422,12 @@ class Doorway(Server):
 
     def _begin(self, link: _Link, line: Any, headers: Dict[str, str], begin: int) -> None:
         method, target, version = line.groups()
-        if (method, target.partition("?")[0]) in self._routes:
+        if not link.site and (method, target.partition("?")[0]) in self._routes:
             return super()._begin(link, line, headers, begin)
         if len(self._handed) >= self.MOST:
             return self._refuse(link, 503, "%d requests are under way already" % self.MOST)
         request = Request(method, target, headers, b"", link.client, link.server)
-        caller = Caller(link, request, version != "0", bytes(link.input[begin:]))
+        caller = Caller(link, request, version != "0", bytes(link.input[begin:]), self)
         del link.input[:]
         self._watch(link, 0)
         link.state = _Link.WORKING
@@ -7287,6 +7439,10 @@ class Doorway(Server):
             return self._refuse(link, 503, "there is no thread left for this request")
         self._handed[link] = thread
         return None
+
+    def enter(self, sock: socket.socket, client: str, site: str) -> None:
+        """Take a connection on which the client at an address asks for paths of `site`."""
+        self.post(lambda: self._adopt(sock, client, site))
 
     def _lend(self, link: _Link, caller: Caller) -> None:
         """The life of a request's thread."""
@@ -7615,13 +7771,14 @@ class Daemon:
         Route("GET", "/debug/version", "version"),
         Route("GET", "/metrics", "metrics"),
     )
-    COUNTED = ("blobs", "blob_bytes", "fallbacks", "relayed", "tunnels")
+    COUNTED = ("blobs", "blob_bytes", "fallbacks", "relayed", "tunnels", "opened")
 
-    def __init__(self, registries: List[Registry], rules: List[Rule], selected: List[Any], small: int, upstream: Upstream, blobs: Blobs,
-                 log: Log, settings: Dict[str, Any]) -> None:
+    def __init__(self, registries: List[Registry], rules: List[Rule], selected: List[Any], opened: List[Opened], authority: Optional[Authority],
+                 small: int, upstream: Upstream, blobs: Blobs, log: Log, settings: Dict[str, Any]) -> None:
         self._registries = registries  # the first one is for requests that name none
         self._rules = rules  # for what is proxied
         self._selected = selected  # patterns of more URLs of the registry that come by the swarm
+        self._opened, self._authority = opened, authority  # which tunnels are opened, and by whose word
         self._small = small  # bytes below which a blob is not worth the swarm
         self._upstream, self._blobs, self._log = upstream, blobs, log
         self._settings = settings
@@ -7650,12 +7807,14 @@ class Daemon:
         """Serve one request.  Raises DflyError, which is answered if nothing has been sent yet."""
         request = caller.request
         try:
-            if request.method == "CONNECT":
-                self._tunnel(caller)
+            if caller.site:
+                self._proxy(caller, caller.site + request.target if request.target.startswith("/") else request.target)
+            elif request.method == "CONNECT":
+                self._connect(caller)
             elif request.target.startswith("/"):
                 self._mirror(caller, request.target)
             elif re.match(r"^https?://[^/?#]+", request.target, re.I):
-                self._proxy(caller)
+                self._proxy(caller, request.target)
             else:
                 raise BadRequest("neither a path nor an http URL: %.200r" % request.target)
         except BadUsage as error:  # a host that is none
@@ -7687,9 +7846,10 @@ class Daemon:
             raise BadRequest("not a registry: ns=%.100r" % name)
         return known or Registry(name, "https://" + ("registry-1.docker.io" if name == "docker.io" else name))
 
-    def _proxy(self, caller: Caller) -> None:
+    def _proxy(self, caller: Caller, url: str) -> None:
         """A whole URL: the first rule that matches decides.  Wire: 11.1"""
-        url = caller.request.target
+        if not re.match(r"^https?://[^/?#]+", url, re.I):
+            raise BadRequest("not an http URL: %.200r" % url)
         try:
             host, port = split_host(urlsplit(url).netloc.rpartition("@")[2], 80)
         except ValueError as error:
@@ -7698,12 +7858,12 @@ class Daemon:
             parts = urlsplit(url)
             return self._mirror(caller, (parts.path or "/") + ("?" + parts.query if parts.query else ""))
         rule = next((rule for rule in self._rules if rule.pattern.search(url)), None)
-        if rule:
-            url = rule.apply(url)
-            blob = _BLOB.match(url.partition("?")[0])
-            if not rule.direct and self._by_swarm(caller, url, blob.group(1) if blob else ""):
-                return None
-        return self._relay(caller, url, None)
+        url = rule.apply(url) if rule else url
+        blob = _BLOB.match(url.partition("?")[0])
+        swarm = not rule.direct if rule else bool(blob and caller.site)  # who has a tunnel opened wants that
+        if not (swarm and self._by_swarm(caller, url, blob.group(1) if blob else "")):
+            self._relay(caller, url, None)
+        return None
 
     # -- by the swarm ---------------------------------------------------------------
 
@@ -7870,8 +8030,9 @@ class Daemon:
         """Return (status, reason, headers, body) of what a token server answers; None when it is no token.  Raises BadGateway."""
         connection, answer = self._upstream.ask("GET", url, headers)
         try:
-            data = b"".join(self._body(url, answer)) if (answer.length or 0) <= MIB else b""
-            return None if answer.length else (answer.status, answer.reason, self._own_headers(answer), data)
+            if (answer.length or 0) > MIB:
+                return None
+            return answer.status, answer.reason, self._own_headers(answer), b"".join(self._body(url, answer))
         finally:
             self._upstream.done(url, connection, answer)
 
@@ -7905,7 +8066,7 @@ class Daemon:
         seen = b""
         for data in self._body(url, answer):
             caller.send(data)
-            seen += bytes(data) if manifest else b""
+            seen += data if manifest else b""
         if manifest:
             self._learn_sizes(seen)
         caller.end()
@@ -7920,18 +8081,21 @@ class Daemon:
 
     @staticmethod
     def _body(url: str, answer: Any) -> Iterator[Any]:
-        """Yield an answer's body as it comes; what is yielded is good until the next turn.  Raises NetworkError, BadGateway."""
+        """Yield an answer's body as it comes.  Raises NetworkError, BadGateway."""
         import http.client
-        buffer = memoryview(bytearray(65536))
-        while not answer.isclosed():
+        left = answer.length  # of Pythons before 3.12 read1 does not count it down
+        while left != 0:
             try:
-                data = answer.read1(65536) if answer.length is None else buffer[:answer.readinto(buffer)]
+                data = answer.read1(65536 if left is None else min(left, 65536))
             except (http.client.HTTPException, OSError, ValueError) as error:
                 raise BadGateway("%s: %s" % (url.partition("?")[0], error))
-            if len(data):
-                yield data
-            elif answer.length:
-                raise NetworkError("%s hung up with %d bytes to come" % (url.partition("?")[0], answer.length))
+            if not data and left:
+                raise NetworkError("%s hung up with %d bytes to come" % (url.partition("?")[0], left))
+            if not data:
+                break
+            left = left if left is None else left - len(data)
+            yield data
+        answer.close()  # it has been read to its end: the connection may be used again
 
     def _learn_sizes(self, manifest: bytes) -> None:
         """Note how large the blobs of a manifest are."""
@@ -7948,9 +8112,39 @@ class Daemon:
 
     # -- tunnels ----------------------------------------------------------------------
 
-    def _tunnel(self, caller: Caller) -> None:
-        """CONNECT: pass bytes both ways until both have ended.  Wire: 11.1"""
+    def _connect(self, caller: Caller) -> None:
+        """CONNECT: a tunnel, opened where that is asked for.  Wire: 11.1"""
         host, port = split_host(caller.request.target, 443)
+        if self._authority and any(opened.pattern.search(join_host(host, port)) for opened in self._opened):
+            return self._open(caller, self._authority, host, port)
+        return self._tunnel(caller, host, port)
+
+    def _open(self, caller: Caller, authority: Authority, host: str, port: int) -> None:
+        """Speak to a client as the host that it wants a tunnel to; what it asks comes in by the door as from a connection of its own."""
+        context = authority.context(host)
+        near, inner = socket.socketpair()
+        try:
+            caller.keep, caller.started = False, True
+            caller.line.sock.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            tls = context.wrap_socket(caller.line.sock.dup(), server_side=True)
+        except OSError as error:  # it trusts nobody whose word is ours, or does not speak TLS
+            near.close()
+            inner.close()
+            raise NetworkError("%s: no TLS with the client: %s" % (caller.request.target, getattr(error, "reason", "") or error.strerror or error))
+        self._count("opened")
+        caller.door.enter(inner, caller.request.client, "https://" + (join_host(host, port) if port != 443 else host))
+        try:
+            self._splice(tls, near)
+            tls.settimeout(1.0)
+            tls.unwrap()
+        except OSError as error:
+            self._log.debug("opened tunnel to %s: %s", caller.request.target, error)
+        finally:
+            near.close()
+            tls.close()
+
+    def _tunnel(self, caller: Caller, host: str, port: int) -> None:
+        """Pass bytes both ways until both have ended."""
         try:
             far = connect(host, port, Upstream.CONNECT_S)
         except NetworkError as error:
@@ -7969,17 +8163,19 @@ class Daemon:
 
     @staticmethod
     def _splice(near: socket.socket, far: socket.socket) -> None:
-        """Pass on what either side sends, until both have ended or nothing has come for TUNNEL_S.  Raises OSError."""
-        import select
+        """Pass on what either side sends, until both have ended (of TLS, `near`, either) or nothing has come for TUNNEL_S.  Raises OSError."""
         open_ends = {near: far, far: near}
+        pending = getattr(near, "pending", None)  # bytes that TLS has taken from the socket already
         while open_ends:
-            ready = select.select(list(open_ends), [], [], TUNNEL_S)[0]
+            ready = [near] if pending and pending() and near in open_ends else readable(list(open_ends), TUNNEL_S)
             if not ready:
                 return
             for sock in ready:
                 data = sock.recv(65536)
                 if data:
                     open_ends[sock].sendall(data)
+                elif pending:
+                    return
                 else:
                     open_ends.pop(sock).shutdown(socket.SHUT_WR)
 
@@ -8594,6 +8790,9 @@ def daemon_parser(command: str) -> Any:
           help="rule for what is proxied; may be repeated, the first that matches counts, without one it goes straight")
     _flag(parser, "--mirror", action="append", default=[], metavar="'NAME=URL [insecure] [cacerts=FILE,…]'",
           help="a registry that containerd calls NAME (?ns=NAME), where it is not https://NAME; may be repeated")
+    _flag(parser, "--open", action="append", default=[], metavar="'REGEX [insecure] [cacerts=FILE,…]'",
+          help="open the HTTPS tunnels to these sites (host:port) with our CA (see daemon gen-ca); may be repeated")
+    _ca_flags(parser)
     _flag(parser, "--small", type=parse_size, default=16 << 10, metavar="SIZE", help="blobs smaller than this come straight from the registry (16K)")
     _flag(parser, "--rule", type=_csv, default=[], metavar="REGEX,…", help="what else of the registry comes by the swarm, besides blobs")
     _flag(parser, "--urlfilter", default="Signature&Expires&OSSAccessKeyId", metavar="a&b", help="query parameters that do not matter to which file it is")
@@ -8652,8 +8851,10 @@ def _from_yml(path: str) -> List[str]:
     data = dict(YamlFile(path).data)
     mirror, proxies, flags = data.pop("registry_mirror", None) or {}, data.pop("proxies", None) or [], data.pop("dfget_flags", None) or []
     data.pop("logConfig", None)
-    if data.pop("hijack_https", None):
-        sys.stderr.write("dfdaemon: %s: hijack_https is not part of this version: HTTPS through the proxy is tunnelled\n" % path)
+    hijack = data.pop("hijack_https", None) or {}
+    sites = hijack.get("hosts") or [] if isinstance(hijack, dict) else [""]
+    if not isinstance(sites, list) or not all(isinstance(site, dict) for site in sites):
+        raise BadUsage("%s: hijack_https is a map, its hosts a list of maps" % path)
     if not isinstance(mirror, dict) or not isinstance(flags, list) or not isinstance(proxies, list) or not all(isinstance(rule, dict) for rule in proxies):
         raise BadUsage("%s: registry_mirror is a map, proxies a list of maps, dfget_flags a list" % path)
     data.update({name: mirror.pop(key) for key, name in (("remote", "registry"), ("insecure", "insecure"), ("certs", "cacerts")) if key in mirror})
@@ -8664,6 +8865,10 @@ def _from_yml(path: str) -> List[str]:
     arguments = _from_dfget_flags(flags)
     for key, value in data.items():
         arguments += ["--" + key] if value is True else ["--%s=%s" % (key, ",".join(value) if isinstance(value, list) else value)] if value else []
+    arguments += ["--ca-%s=%s" % (name, hijack[name]) for name in ("cert", "key") if hijack.get(name)]
+    for site in sites:
+        words = [str(site.get("regx", ""))] + ["insecure"] * (site.get("insecure") is True)
+        arguments.append("--open=" + " ".join(words + (["cacerts=" + ",".join(site["certs"])] if site.get("certs") else [])))
     for rule in proxies:
         words = [str(rule.get("regx", ""))] + [word for word in ("direct", "use_https") if rule.get(word) is True]
         arguments += ["--proxy=" + " ".join(words + (["redirect=" + rule["redirect"]] if rule.get("redirect") else []))]
@@ -8726,6 +8931,47 @@ def _registries(options: Any) -> List[Registry]:
     return [Registry("", options.registry.rstrip("/"), options.insecure, tuple(options.cacerts))] + [Registry.parse(text) for text in options.mirror]
 
 
+def _trust_of(registries: List[Registry], opened: List[Opened], site: str) -> Tuple[bool, List[str]]:
+    """Return whether any certificate of a site is good, and the CAs that count there besides the system's."""
+    for registry in registries:
+        if urlsplit(registry.url).netloc == site:
+            return registry.insecure, list(registry.cacerts)
+    found = [known for known in opened if known.pattern.search(site if re.search(r":\d+$", site) else site + ":443")]
+    return (found[0].insecure, list(found[0].cacerts)) if found else (False, [])
+
+
+def run_gen_ca(arguments: List[str]) -> int:
+    """`daemon gen-ca`: make a CA for `--open`."""
+    parser = _parser("dfly.py daemon gen-ca", "Make a certificate authority with which the daemon may open HTTPS tunnels (--open).")
+    _flag(parser, "--home", metavar="FOLDER", default="~/.small-dragonfly", help="work folder (default ~/.small-dragonfly)")
+    _ca_flags(parser)
+    _flag(parser, "--force", action="store_true", help="replace one that is there")
+    options = parser.parse_args(arguments)
+    options.home = os.path.abspath(os.path.expanduser(options.home))
+    _ca_paths(options)
+    for path in (options.ca_cert, options.ca_key):
+        if os.path.exists(path) and not options.force:
+            raise BadUsage("%s is there already: --force replaces it, and who trusts it has to be told" % path)
+        make_folder(os.path.dirname(path))
+    Authority.make_ca(options.ca_cert, options.ca_key)
+    print("written %s\nwritten %s (keep it secret: who has it can be any site to those who trust the first)" % (options.ca_cert, options.ca_key))
+    print("now: dfly.py daemon --open 'REGEX'; and on the engine's host, once:\n"
+          "  Debian, Ubuntu  cp %s /usr/local/share/ca-certificates/dfly.crt && update-ca-certificates\n"
+          "  RHEL, SLES      cp %s /etc/pki/ca-trust/source/anchors/dfly.crt && update-ca-trust\n"
+          "  docker only     cp %s /etc/docker/certs.d/REGISTRY/ca.crt" % ((options.ca_cert,) * 3))
+    return 0
+
+
+def _ca_flags(parser: Any) -> None:
+    _flag(parser, "--ca-cert", "--cacert", default="", metavar="FILE", help="certificate of the CA for --open (HOME/dfdaemon/ca.crt)")
+    _flag(parser, "--ca-key", "--cakey", default="", metavar="FILE", help="its private key (HOME/dfdaemon/ca.key)")
+
+
+def _ca_paths(options: Any) -> None:
+    options.ca_cert = os.path.abspath(options.ca_cert or os.path.join(options.home, "dfdaemon", "ca.crt"))
+    options.ca_key = os.path.abspath(options.ca_key or os.path.join(options.home, "dfdaemon", "ca.key"))
+
+
 def _set_up(options: Any) -> int:
     """`daemon --install ENGINE`, `--uninstall ENGINE`: change the settings of an engine, or with --dry-run show how; return the status."""
     if options.install and options.uninstall:
@@ -8750,6 +8996,8 @@ def _set_up(options: Any) -> int:
 
 def run_daemon(arguments: List[str], old: bool) -> int:
     """`daemon` and `dfdaemon`: serve until a signal comes.  Wire: 11"""
+    if arguments[:1] == ["gen-ca"]:
+        return run_gen_ca(arguments[1:])
     options = _parse(daemon_parser("dfdaemon" if old else "dfly.py daemon"), "daemon", _with_yml(_go_flags(arguments), old))
     if options.version:
         print("dfdaemon version:%s" % VERSION)
@@ -8762,19 +9010,23 @@ def run_daemon(arguments: List[str], old: bool) -> int:
         raise BadSetting("--certpem, --keypem: this daemon speaks plain HTTP to its own host's engines only", 10)
     if options.install or options.uninstall:
         return _set_up(options)
+    _ca_paths(options)
     rules = [Rule.parse(text) for text in options.proxy]
     selected = [Rule.parse(text).pattern for text in options.rule]
-    registries = _registries(options)
-    upstream = Upstream({urlsplit(registry.url).netloc: (registry.insecure, list(registry.cacerts)) for registry in reversed(registries)})
+    registries, opened = _registries(options), [Opened.parse(text) for text in options.open]
+    upstream = Upstream(functools.partial(_trust_of, registries, opened))
     options_for = _daemon_options(options, upstream.trust)
     lock = _daemon_folders(options)
+    certs = os.path.join(options.home, "dfdaemon", "certs")
+    authority = _exiting(10, lambda folder: Authority(options.ca_cert, options.ca_key, folder))(certs) if opened else None
     log = Log(os.path.join(options.home, "logs", "dfdaemon.log"), str(os.getpid()), options.verbose)
     sock = _exiting(14, lambda host: listen(host, options.port))(options.hostip)
     companion = Companion(options.home, ["--port", str(options.peerport), "--expiretime", "%g" % options.expiretime,
                                          "--totallimit", str(options.ratelimit)])
     settings = {name: value for name, value in vars(options).items() if isinstance(value, (str, int, float, list)) and name != "nodes"}
     blobs = Blobs(options.localrepo, log, options_for, options.expiretime, companion.port)
-    daemon = Daemon(registries, rules, selected, options.small, upstream, blobs, log, dict(settings, nodes=[str(node) for node in options.nodes]))
+    daemon = Daemon(registries, rules, selected, opened, authority, options.small, upstream, blobs, log,
+                    dict(settings, nodes=[str(node) for node in options.nodes]))
     door = Doorway(sock, daemon, log)
     _not_through_us((options.hostip, "127.0.0.1", "localhost"), door.address[1])
     ended = threading.Event()

@@ -546,14 +546,17 @@ def test_the_original_s_configuration_file_is_read(world, origin, host):
     path, link = os.path.join(world.root, "dfdaemon.yml"), os.path.join(world.root, "dfdaemon")
     os.symlink(DFLY, link)
     here = host()
+    cert, key = os.path.join(world.root, "ca.crt"), os.path.join(world.root, "ca.key")
+    subprocess.run([world.python, DFLY, "daemon", "gen-ca", "--ca-cert", cert, "--ca-key", key], check=True, stdout=subprocess.DEVNULL)
     with open(path, "w") as file:
-        file.write((YML % (base(origin), here.home)).replace("{}", "\n  cert: x\n  key: y"))
+        file.write((YML % (base(origin), here.home)).replace("{}", "\n  cert: %s\n  key: %s\n  hosts:\n  - regx: ^registry\n    insecure: true" % (cert, key)))
     daemon = Daemon(world, "dfdaemon", [world.python, link, "--config", path, "--ratelimit=10M"])
     env = daemon.ask("/env").json
     assert (env["registry"], env["expiretime"], env["urlfilter"], env["nodes"]) == (base(origin), 300.0, "a&b", ["127.0.0.1:7"])
     assert env["proxy"] == ["no-swarm direct", "rpm$"] and env["ratelimit"] == 10 * MB
-    assert len(daemon.stderr.splitlines()) == 1 and "hijack_https" in daemon.stderr
-    for text in ("a: {", "bogus: 1", "registry_mirror: x", "proxies: [a]", "registry_mirror:\n  direct: true", "port: 99999"):
+    assert not daemon.stderr and env["open"] == ["^registry insecure"] and env["ca_cert"] == cert
+    for text in ("a: {", "bogus: 1", "hijack_https: x", "hijack_https:\n  hosts: x", "hijack_https:\n  hosts: [x]", "registry_mirror: x",
+                 "proxies: [a]", "registry_mirror:\n  direct: true", "port: 99999"):
         with open(path, "w") as file:
             file.write(text)
         result = Command(world, "dfdaemon", [world.python, link, "--config", path, "--workHome", here.path("other")]).wait(20)

@@ -25,7 +25,7 @@ CONFIG = """
 version: 0.1
 log: {level: warn, accesslog: {disabled: false}}
 storage: {filesystem: {rootdirectory: %s}}
-http: {addr: "127.0.0.1:%d"}
+http: {addr: "127.0.0.1:%d"%s}
 """
 AUTH = "auth: {htpasswd: {realm: here, path: %s}}\n"
 TOKENS = "auth: {token: {realm: %s, service: registry, issuer: tests, rootcertbundle: %s}}\n"
@@ -42,17 +42,17 @@ def program(name):
 class Registry(Command):
     """Debian's docker-registry."""
 
-    def __init__(self, world, protected=False, tokens=None):
+    def __init__(self, world, protected=False, tokens=None, tls=None):
         self.port = dead_port()
         folder = os.path.join(world.root, "registry")
         os.makedirs(folder)
         with open(os.path.join(folder, "passwords"), "w") as file:
             file.write(PASSWORD + "\n")
         with open(os.path.join(folder, "config.yml"), "w") as file:
-            file.write(CONFIG % (os.path.join(folder, "data"), self.port) + (AUTH % os.path.join(folder, "passwords") if protected else "")
+            file.write(CONFIG % (os.path.join(folder, "data"), self.port, ", tls: {certificate: %s, key: %s}" % tls if tls else "") + (AUTH % os.path.join(folder, "passwords") if protected else "")
                        + (TOKENS % (tokens.url, tokens.certificate) if tokens else ""))
         super().__init__(world, "registry", [program("docker-registry"), "serve", os.path.join(folder, "config.yml")])
-        self.url = "http://127.0.0.1:%d" % self.port
+        self.url = "%s://127.0.0.1:%d" % ("https" if tls else "http", self.port)
         wait_for(self._listens, 20, "the registry on port %d\n%s" % (self.port, self.output()))
 
     def _listens(self):
@@ -101,9 +101,9 @@ class Image:
             file.write(data)
         return {"mediaType": kind, "size": len(data), "digest": "sha256:" + sha256(data)}
 
-    def copy(self, *arguments, code=0):
+    def copy(self, *arguments, code=0, env=None):
         """Run skopeo copy; return its outcome."""
-        result = Command(self.world, "skopeo", [program("skopeo"), "--insecure-policy", "copy"] + list(arguments)).wait(60)
+        result = Command(self.world, "skopeo", [program("skopeo"), "--insecure-policy", "copy"] + list(arguments), env=env).wait(60)
         assert (result.code == 0) == (code == 0), result.out
         return result
 
@@ -114,10 +114,15 @@ class Image:
         """Pull through whatever listens there; every blob must be what it was."""
         folder = os.path.join(self.world.root, out)
         result = self.copy("--src-tls-verify=false", *flags, "docker://127.0.0.1:%d/team/app:1" % port, "dir:" + folder, code=code)
-        for digest in self.blobs if not code else ():
+        if not code:
+            self.verify(folder)
+        return result
+
+    def verify(self, folder):
+        """Assert that a folder has every blob."""
+        for digest in self.blobs:
             with open(os.path.join(folder, digest), "rb") as file:
                 assert hashlib.sha256(file.read()).hexdigest() == digest
-        return result
 
 
 class TokenServer:

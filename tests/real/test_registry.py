@@ -1,6 +1,11 @@
 """A real registry in front, a real engine's client behind: images pushed and pulled through daemons on several hosts."""
+import os
+import subprocess
+import sys
+
 from real.registries import Image, Registry
-from world import MB
+from station import make_certificate
+from world import DFLY, MB
 
 
 def test_each_blob_leaves_the_registry_once_for_three_hosts(world, supernode, host, blob):
@@ -35,4 +40,24 @@ def test_a_registry_that_wants_a_password_gets_it_from_every_host(world, superno
         assert "unauthorized" in image.pull(port, "no%d" % number, code=1).out
         image.pull(port, "out%d" % number, "--src-creds", me)
         assert "unauthorized" in image.pull(port, "wrong%d" % number, "--src-creds", "me:other", code=1).out
+    assert registry.blobs_sent() == {digest: 1 for digest in image.blobs}
+
+
+def test_https_pulls_go_through_a_tunnel_that_the_daemon_opens(world, supernode, host, blob):
+    """As a dockerd with HTTPS_PROXY set: skopeo, which trusts the daemon's CA and not the registry's certificate."""
+    certificate = make_certificate(world.root)
+    registry, image = Registry(world, tls=certificate), Image(world, blob(12 * MB, 1), blob(MB, 2))
+    image.push(registry.port)
+    supernode()
+    for number in range(2):
+        here = host()
+        subprocess.run([sys.executable, DFLY, "daemon", "gen-ca", "--home", here.home], check=True, stdout=subprocess.DEVNULL)
+        daemon = here.daemon("http://127.0.0.1:1", "--open", r"^(registry\.test|127\.0\.0\.1): cacerts=" + certificate[0], "--small", "0",
+                             "--proxy", r"^https://registry\.test/.*/blobs/ redirect=127.0.0.1:%d" % registry.port,
+                             "--proxy", r"^https://registry\.test/ direct redirect=127.0.0.1:%d" % registry.port)  # Go has no proxy for loopback
+        folder = os.path.join(world.root, "out%d" % number)
+        image.copy("docker://registry.test/team/app:1", "dir:" + folder, env={
+            "HTTPS_PROXY": "http://127.0.0.1:%d" % daemon.address[1], "NO_PROXY": "", "SSL_CERT_FILE": os.path.join(here.home, "dfdaemon", "ca.crt")})
+        image.verify(folder)
+        assert daemon.metric("blobs_total") == len(image.blobs) and daemon.metric("tunnels_total") == 0
     assert registry.blobs_sent() == {digest: 1 for digest in image.blobs}
