@@ -2606,7 +2606,18 @@ def request_url(url: str) -> Tuple[str, str]:
 
 
 def tls_context(insecure: bool, cacerts: Any) -> Any:
-    """Return what makes TLS trust these CAs too (paths of PEM files, or PEM text), or anybody.  Raises BadUsage."""
+    """Return what makes TLS trust these CAs too (paths of PEM files, or PEM text), or anybody.  Raises BadUsage.
+
+    It is kept, until one of the files changes: to read the system's CAs takes longer than many a request.
+    """
+    import ssl
+    system = ssl.get_default_verify_paths()
+    files = [ca for ca in cacerts if "-----BEGIN" not in ca] + [path for path in (system.cafile, system.capath) if path]
+    return _tls_context(insecure, tuple(cacerts), tuple(os.stat(path).st_mtime_ns for path in files if os.path.exists(path)))
+
+
+@functools.lru_cache(maxsize=64)
+def _tls_context(insecure: bool, cacerts: Tuple[str, ...], _stamps: Tuple[int, ...]) -> Any:
     import ssl
     context = ssl.create_default_context()
     for ca in cacerts:
@@ -2752,10 +2763,8 @@ class Origin:
             self.fence.check(parts.hostname, found)
 
     def _opener(self, urllib_request: Any) -> Any:
-        if self.url.lower().startswith("https") or self.cacerts or self.insecure:
-            https = urllib_request.HTTPSHandler(context=tls_context(self.insecure, self.cacerts))
-        else:
-            https = urllib_request.HTTPSHandler()
+        https = urllib_request.HTTPSHandler(context=None if self.url.lower().startswith("http:") and not self.cacerts and not self.insecure
+                                            else tls_context(self.insecure, self.cacerts))
         http, origin = urllib_request.HTTPHandler(), self
         if self.fence:
             for handler in (http, https):
@@ -8723,6 +8732,17 @@ def first_address() -> str:
             return "127.0.0.1"
 
 
+def warm_up() -> None:
+    """Load, aside, what the first request to an origin would else wait for: a fifth of a second on small hosts."""
+    def load() -> None:
+        import http.client  # noqa: F401
+        import urllib.request
+        urllib.request.getproxies()
+        tls_context(False, ())
+
+    threading.Thread(target=load, name="dfly-warm-up", daemon=True).start()
+
+
 def many_descriptors() -> None:
     """Allow this process as many open connections as the system does."""
     import resource
@@ -8756,6 +8776,7 @@ def run_supernode(arguments: List[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     supernode.serve(api, pieces)
+    warm_up()
     log.info("supernode %s on %s", VERSION, join_host(ip, api.address[1]))
     print("supernode listening on %s pieces on %s" % (join_host(ip, api.address[1]), join_host(ip, pieces.address[1])), flush=True)
     while not ended.wait(0.5):  # a signal that comes just before the wait would else be seen after it
@@ -9033,6 +9054,8 @@ def run_daemon(arguments: List[str], old: bool) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     threading.Thread(target=companion.port, name="dfly-companion", daemon=True).start()  # the first blob would wait for it
+    warm_up()
+    sys.setswitchinterval(0.0005)  # a dozen threads work on one blob, and the one that sends it on should not be the last to know
     daemon.serve(door, ended)
     companion.close()
     lock.release()
