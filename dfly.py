@@ -652,14 +652,35 @@ MAX_PIECE = 15 * MIB
 #: No file has more pieces than this: 100,000 pieces of 15 MiB are 1.5 TB, and their masks stay small.
 MAX_COUNT = 1 << 17
 
+def nums_of(mask: int) -> List[int]:
+    """Return the piece numbers in a bit mask, lowest first."""
+    return [num for num, bit in enumerate(reversed(bin(mask))) if bit == "1"] if mask > 0 else []
+
+
+def digest_many(kind: str, messages: List[Tuple[bytes, Any, bytes]]) -> List[bytes]:
+    """Return the digests, `kind` md5 or sha256, of messages, each (head, data, tail): head and tail have at most 60 bytes together."""
+    found = []
+    for head, data, tail in messages:
+        digest = new_md5() if kind == "md5" else hashlib.sha256()
+        for part in (head, data, tail):
+            digest.update(part)
+        found.append(digest.digest())
+    return found
+
+
+LANES = ""  # how wide the vectors of the accelerator are; "" without it
 try:
-    if os.environ.get("DFLY_NO_FASTPIECE"):
-        raise ImportError("switched off")
-    from _fastpiece import nums_of
-except ImportError:
-    def nums_of(mask: int) -> List[int]:
-        """Return the piece numbers in a bit mask, lowest first."""
-        return [num for num, bit in enumerate(reversed(bin(mask))) if bit == "1"] if mask > 0 else []
+    if not os.environ.get("DFLY_NO_FASTPIECE"):
+        from _fastpiece import LANES, digest_many, nums_of  # type: ignore[assignment,no-redef] # noqa: F401, F811
+except ModuleNotFoundError:  # not built
+    pass
+except Exception as error:  # noqa: BLE001 a build of another Python, or of another version of us: whatever is wrong with it, we can do without
+    sys.stderr.write("dfly: _fastpiece is left out, since it is of no use here: %s\n" % " ".join(str(error).split()))
+
+
+def accelerator() -> str:
+    """Say whether _fastpiece is in use."""
+    return "_fastpiece, " + LANES if LANES else "without _fastpiece"
 
 
 def mask_of(nums: Any) -> int:
@@ -2006,6 +2027,8 @@ class TaskFile:
     underscore.  One process writes; others may `attach` to read along.
     """
 
+    MD5S = 32  # wrapped pieces that are digested together once the old wire wants one of them
+
     def __init__(self, data: str, journal: str, about: Dict[str, Any], length: Optional[int], piece_size: int) -> None:
         self.data, self.journal = data, journal  # paths
         self.about = about  # what the bytes belong to: task, url, version; all JSON
@@ -2298,10 +2321,11 @@ class TaskFile:
     def wrapped_md5(self, num: int) -> str:
         """Return `<md5>:<len>` of the wrapped piece `num`, which the old wire wants.  Raises NoMd5, NoSuchPiece.  Wire: 3.2"""
         if num not in self._md5s:
-            digest = PieceDigest(self.layout.head(num))
-            for data in self.read_plain(num):
-                digest.update(data)
-            self._md5s[num] = digest.wrapped_md5()
+            nums, most = [num], min(self.MD5S, (64 << 20) // self.layout.size) if LANES else 1  # one after the other there is nothing to win
+            nums += [other for other in range(num + 1, num + most) if self.have >> other & 1 and other not in self._md5s]
+            messages = [(self.layout.head(other), self.read_at(*self.layout.content_range(other)), TAIL) for other in nums]
+            for other, message, digest in zip(nums, messages, digest_many("md5", messages)):
+                self._md5s[other] = "%s:%d" % (digest.hex(), len(message[1]) + WRAP)
         return self._md5s[num]
 
     def wrapped_body(self, start: int, end: int) -> List[Any]:
@@ -5706,7 +5730,7 @@ def run_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: float,
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: uploader.ended.set())
     uploader.serve(public, control)
-    log.info("uploader of %s on port %d", home, uploader.port)
+    log.info("uploader of %s on port %d, %s", home, uploader.port, accelerator())
     on_ready(uploader.port)
     while not uploader.ended.wait(0.5):  # a signal that comes just before the wait would else be seen after it
         pass
@@ -7546,6 +7570,7 @@ class BlobDownload(Download):
         super().__init__(options, out, content=blob.digest and "sha256:" + blob.digest)
         self._blob, self._find_uploader = blob, uploader
         self._silent = silent  # supernodes that did not answer, and until when they are not asked again
+        self._look_at, self._seen = self._clock() + options.patience, 0  # when to see whether it comes fast enough; bytes until then
 
     def _register(self, node: Node) -> Registration:
         if self._silent.get(node, 0.0) > self._clock():
@@ -7569,6 +7594,11 @@ class BlobDownload(Download):
         if outcomes:
             self._blob.nudge()
         self._still_wanted()
+        patience, now = self.options.patience, self._clock()
+        if now >= self._look_at:
+            if fetchers.received - self._seen < self.options.minrate * patience and self.store and not self.store.complete:
+                raise Stalled("the swarm brings less than %s/s" % show_size(self.options.minrate))
+            self._look_at, self._seen = now + patience, fetchers.received
 
     def _from_source(self) -> None:
         self._still_wanted()
@@ -7803,7 +7833,7 @@ class Daemon:
         self.port = door.address[1]
         door.start()
         mirrored = ", ".join(registry.url for registry in self._registries)
-        self._log.info("daemon %s on %s, mirror of %s", VERSION, join_host(door.address[0], self.port), mirrored)
+        self._log.info("daemon %s on %s, mirror of %s, %s", VERSION, join_host(door.address[0], self.port), mirrored, accelerator())
         print("dfdaemon listening on %s for %s" % (join_host(door.address[0], self.port), mirrored), flush=True)
         while not ended.wait(0.5):  # a signal that comes just before the wait would else be seen after it
             self._blobs.tick()
@@ -8777,7 +8807,7 @@ def run_supernode(arguments: List[str]) -> int:
         signal.signal(number, lambda *_: ended.set())
     supernode.serve(api, pieces)
     warm_up()
-    log.info("supernode %s on %s", VERSION, join_host(ip, api.address[1]))
+    log.info("supernode %s on %s, %s", VERSION, join_host(ip, api.address[1]), accelerator())
     print("supernode listening on %s pieces on %s" % (join_host(ip, api.address[1]), join_host(ip, pieces.address[1])), flush=True)
     while not ended.wait(0.5):  # a signal that comes just before the wait would else be seen after it
         pass
@@ -8820,6 +8850,8 @@ def daemon_parser(command: str) -> Any:
     _flag(parser, "--localrepo", type=_exiting(12, _absolute), default="", metavar="FOLDER", help="where blobs lie meanwhile (HOME/dfdaemon/data)")
     _flag(parser, "--expiretime", type=parse_duration, default=180.0, help="how long a blob is kept, and served to peers, after its last use (3m)")
     _flag(parser, "--ratelimit", type=_exiting(13, parse_size), default=0, metavar="RATE", help="limit of all downloads and of all uploads (none)")
+    _flag(parser, "--minrate", type=parse_size, default=64 << 10, metavar="RATE", help="a swarm slower than this is left for the registry (64K),")
+    _flag(parser, "--patience", type=parse_duration, default=15.0, metavar="TIME", help="... if it was so for this long (15s)")
     _flag(parser, "--insecure", action="store_true", help="take any certificate of the registry")
     _flag(parser, "--cacerts", type=_csv, default=[], metavar="FILE,…", help="more certificate authorities for the registry")
     _flag(parser, "--ip", "--localip", "--localIP", default="", metavar="IP", help="address that other peers shall use for this host")
@@ -8918,6 +8950,7 @@ def _daemon_options(options: Any, trust: Callable[[str], Tuple[bool, List[str]]]
     template.locallimit = template.totallimit = options.ratelimit
     template.filter, template.callsystem, template.notbs, template.dfdaemon = options.urlfilter, options.callsystem, options.notbs, True
     template.verbose, template.console, template.showbar = options.verbose, False, False
+    template.minrate, template.patience = options.minrate, options.patience
 
     def options_for(url: str) -> Any:
         made = copy.copy(template)
@@ -9027,6 +9060,8 @@ def run_daemon(arguments: List[str], old: bool) -> int:
         raise BadSetting("not an http(s) URL: --registry %r" % options.registry, 10)
     if urlsplit(options.registry).netloc in ["%s:%d" % (host, options.port) for host in ("127.0.0.1", "localhost", options.hostip)]:
         raise BadSetting("--registry %s leads back to this daemon" % options.registry, 10)
+    if not options.minrate or not options.patience:
+        raise BadSetting("--minrate and --patience must be more than 0", 10)
     if options.certpem or options.keypem:
         raise BadSetting("--certpem, --keypem: this daemon speaks plain HTTP to its own host's engines only", 10)
     if options.install or options.uninstall:
@@ -9115,7 +9150,7 @@ def run_demo(arguments: List[str]) -> int:
 
 def run_version(_arguments: List[str]) -> int:
     """`version`: print it."""
-    print("dfly %s" % VERSION)
+    print("dfly %s (%s)" % (VERSION, accelerator()))
     return 0
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 
+import pytest
 from e2e.test_daemon import base, layer, whole
 from world import DFLY, MB, sha256, wait_for
 
@@ -227,3 +228,12 @@ def test_status_says_in_one_line_when_there_is_no_daemon(origin):
     for address, status in (("127.0.0.1:1", 1), (name_of(origin), 1), ("nonsense:port", 2)):
         done = subprocess.run([sys.executable, DFLY, "status", address], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert done.returncode and not done.stdout and len(done.stderr.decode().splitlines()) == 1, done
+
+
+@pytest.mark.parametrize("flags", [(), ("--notbs",)])
+def test_a_swarm_that_is_too_slow_is_left(origin, supernode, host, blob, flags):
+    node, data = supernode("--max-bandwidth", "300K"), blob(6 * MB)
+    path = layer(origin, data)
+    daemon = host().daemon(base(origin), "--minrate", "1M", "--patience", "2s", *flags)
+    whole(daemon.ask(path, timeout=30), data)
+    assert node.bytes_sent() < 3 * MB
