@@ -794,6 +794,19 @@ class Seal(NamedTuple):
     def __str__(self) -> str:
         return "sha256:" + self.sha256
 
+    def short(self) -> str:
+        """Return the digest as it travels in great numbers: the base64 of its 32 bytes."""
+        import binascii
+        return binascii.b2a_base64(bytes.fromhex(self.sha256), newline=False).decode().rstrip("=")
+
+    @staticmethod
+    def long(text: str) -> str:
+        """Return `sha256:…` of a digest in either form.  Raises ValueError."""
+        import binascii
+        if text.startswith("sha256:"):
+            return text
+        return "sha256:" + binascii.a2b_base64(text + "=").hex()
+
 
 class PieceDigest:
     """Digests one piece while its bytes pass: SHA-256 plain, MD5 wrapped for the old wire."""
@@ -4396,6 +4409,9 @@ class Peer:
         self.finished = False
         self.eager = False  # what it was last told: whether others wait for its pieces
         self.named = False  # whether it was told which version of the file this is
+        self.measured = False  # whether it was told how long that is
+        self.number = 0  # under which its task's clients know it
+        self.line = ""  # under which it comes back
         self.md5_since = 0.0  # monotonic: since when it only lacks the MD5 of the whole file
 
 
@@ -4408,6 +4424,8 @@ class SwarmTask:
         self.cid = ""  # under which our own pieces go
         self.secret = ""  # part of the way to our own pieces, where it takes credentials to read them
         self.peers = {}  # type: Dict[str, Peer]
+        self.admitted = 0  # clients, ever
+        self.cids = {}  # type: Dict[int, str]  # of those that are here, and some that were, by number
         self.used_at = 0.0  # monotonic
         self.origin = None  # type: Optional[Origin]  # as its last trusted asker asks for it
         self.proven = {}  # type: Dict[str, float]  # credentials -> until when (monotonic) the origin need not be asked again
@@ -4452,9 +4470,11 @@ class SwarmTask:
             raise BadRequest("pieceRange: %.60s: nobody has this piece" % text)
         return num
 
-    def holder(self, cid: str) -> str:
-        """Return whom the scheduler knows under a cid of the wire."""
-        return SEED if cid == self.cid or cid.startswith("cdnnode:") else cid
+    def holder(self, cid: Any) -> str:
+        """Return whom the scheduler knows under a cid of the wire, or under a number of ours."""
+        if isinstance(cid, int):
+            return self.cids.get(cid, "") if cid else SEED
+        return SEED if str(cid) == self.cid or str(cid).startswith("cdnnode:") else str(cid)
 
     def piece_path(self) -> str:
         """Return where our own pieces are found on the piece port.  Wire: 5.3"""
@@ -4485,6 +4505,7 @@ class Swarm(CdnEvents):
     def __init__(self, ip: str, log: Log, scheduler: Scheduler, cdn: Cdn, expire_s: float, clock: Callable[[], float]) -> None:
         self.lock = threading.RLock()
         self.tasks = {}  # type: Dict[str, SwarmTask]
+        self.lines = {}  # type: Dict[str, Tuple[str, str]]  # (task, cid) by what stands for them in a sync
         self.scheduler, self.cdn = scheduler, cdn
         self._ip, self._log = ip, log
         self._clock = clock
@@ -4632,6 +4653,8 @@ class Swarm(CdnEvents):
 
     def forget_locked(self, task: SwarmTask) -> None:
         """Let go of a task; its file stays in the cache."""
+        for peer in task.peers.values():
+            self.lines.pop(peer.line, None)
         self.tasks.pop(task.task_id, None)
         self.scheduler.drop_task(task.task_id)
         if task.follower:
@@ -4694,7 +4717,14 @@ class Swarm(CdnEvents):
         """Take a client in whose right to the file is beyond doubt; `label` says where it is, if it does.  Wire: 16 (2)"""
         peer.seen_at = self._clock()
         peer.requests = 1
+        if peer.cid in task.peers:
+            self.lines.pop(task.peers[peer.cid].line, None)
         task.peers[peer.cid] = peer
+        if len(task.cids) > 2 * len(task.peers) + 1000:  # of those that have left, somebody may still report
+            task.cids = {other.number: other.cid for other in task.peers.values()}
+        task.admitted += 1
+        peer.number, peer.line = task.admitted, os.urandom(8).hex()
+        task.cids[peer.number], self.lines[peer.line] = peer.cid, (task.task_id, peer.cid)
         self.scheduler.add_peer(task.task_id, peer.cid, (peer.ip, peer.port or peer.cid), locate(label, peer.ip), self._clock(),
                                  serves=peer.port > 0, legacy=not peer.native, seed_only=seed_only)
         if self.scheduler.receivers(task.task_id) == 2:  # whoever was alone need not have reported each piece at once until now
@@ -4727,6 +4757,7 @@ class Swarm(CdnEvents):
 
     def drop_locked(self, task: SwarmTask, peer: Peer) -> None:
         """A client neither receives nor offers any more."""
+        self.lines.pop(peer.line, None)
         del task.peers[peer.cid]
         self.scheduler.drop_peer(task.task_id, peer.cid, self._clock())
 
@@ -4985,8 +5016,8 @@ class Supernode:
         data = {"taskId": task.task_id, "fileLength": -1 if length is None else length, "pieceSize": size,
                 "cdnSource": "supernode", "asSeed": False, "seedTaskID": ""}  # type: Dict[str, Any]
         if peer.native:
-            data["dfly"] = self._register_extra(task)
-            peer.named = bool(task.cdn.version)
+            data["dfly"] = dict(self._register_extra(task), line=peer.line)
+            peer.named, peer.measured = bool(task.cdn.version), length is not None
         elif store:
             self._old_client(task)
         self._log.info("register %s %s as %s (%s)", task.task_id, task.url, peer.cid, "native" if peer.native else "old")
@@ -5152,17 +5183,18 @@ class Supernode:
         """POST /peer/sync: reports and requests in one, held until there is something to say.  Where an older sync of the same
         client is still held, that one is answered at once, with what there is, and the newer one takes its place.
 
-        Asked: {task, cid, done: [[num, holder, seconds, bytes]], failed: [[num, holder, why]], soon: [num] (about to end), slots
-        (fetches at once), queue (more in advance), have (hex mask, first time), wait (seconds)}.  Answered: {code, length?,
-        version? (once, if the register could not say it), eager (others wait: report each piece at once), holders: {cid:
-        [ip, port, path]}, pieces: [[num, cid, seal?]]};
-        code 601 has pieces, 602 none (msg says why), 600 ends it, others send the client on (pause: seconds before it asks the origin).
+        Asked, under ?LINE of the register answer (else with task and cid): {done: [[num, holder, seconds, bytes]], failed: [[num,
+        holder, why]], soon: [num] (about to end), slots (fetches at once), queue (more in advance), have (hex mask, first time),
+        wait (seconds)}.  Answered: {code, length?, version? (once, if the register could not say them), eager? (when it changes:
+        others wait, report each piece soon), holders: {number: [ip, port, path]}, pieces: [[num, number, digest?]]}; 0 is ourselves.
+        Code 601 has pieces, 602 none (msg says why), 600 ends it, others send the client on (pause: seconds before it asks the origin).
         """
         state = request.state
         if "peer" not in state:
             data = request.json()
             try:
-                task, peer = self._swarm.find(str(data.get("task", "")), str(data.get("cid", "")))
+                named = str(data.get("task", "")), str(data.get("cid", ""))
+                task, peer = self._swarm.find(*self._swarm.lines.get(request.query_text, named))
             except NoSuchTask as error:
                 return Response.of_json({"code": UNKNOWN_TARGET, "msg": str(error)})
             with self._swarm.lock:
@@ -5188,9 +5220,13 @@ class Supernode:
     def _synced(self, task: SwarmTask, peer: Peer, answer: Dict[str, Any], superseded: bool) -> Response:
         if answer["code"] == WAIT and not superseded:
             answer["msg"] = self._why_waiting(task, peer)
+        if answer.get("eager", peer.eager) == peer.eager:
+            answer.pop("eager", None)
         peer.eager = answer.get("eager", peer.eager)
-        peer.named = peer.named or "version" in answer
-        return Response.of_json(answer)
+        peer.named, peer.measured = peer.named or "version" in answer, peer.measured or "length" in answer
+        response = Response.of_json(answer)
+        del response.headers[:]  # there is one for each piece of each client
+        return response
 
     @staticmethod
     def _number(data: Dict[str, Any], name: str, least: float, most: float, default: float) -> float:
@@ -5215,14 +5251,14 @@ class Supernode:
             for num, holder, seconds, size in done:
                 if not 0 <= int(num) <= most:
                     raise ValueError(num)
-                scheduler.done(task.task_id, peer.cid, int(num), now, holder=task.holder(str(holder)),
+                scheduler.done(task.task_id, peer.cid, int(num), now, holder=task.holder(holder),
                                seconds=min(max(1e-6, float(seconds)), 3600.0), nbytes=min(max(0, int(size)), MAX_PIECE))
             for num in data.get("soon", []):
                 scheduler.soon(task.task_id, peer.cid, int(num), now)
             for num, holder, why in failed:
                 if not 0 <= int(num) <= most:
                     raise ValueError(num)
-                scheduler.failed(task.task_id, peer.cid, int(num), task.holder(str(holder)), str(why)[:20], now)
+                scheduler.failed(task.task_id, peer.cid, int(num), task.holder(holder), str(why)[:20], now)
         except (TypeError, ValueError, OverflowError) as error:
             raise BadRequest("done, failed or have: %.80s" % error)
         scheduler.request(task.task_id, peer.cid, slots, now, queue=ahead)
@@ -5237,7 +5273,7 @@ class Supernode:
             pieces = self._swarm.scheduler.take(task.task_id, peer.cid)
             finished = self._swarm.scheduler.finished(task.task_id, peer.cid)
             answer = {"code": CONTINUE if pieces else WAIT, "eager": self._swarm.scheduler.others(task.task_id, peer.cid)}  # type: Dict[str, Any]
-            if store and store.layout.length is not None:
+            if store and store.layout.length is not None and not peer.measured:
                 answer["length"] = store.layout.length
             if store and not peer.named:  # the origin had not answered when it registered
                 answer["version"] = task.cdn.version
@@ -5252,17 +5288,18 @@ class Supernode:
         store = task.cdn.store
         answer["holders"], answer["pieces"] = {}, []
         for num, cid in pieces:
+            number = 0
             if cid == SEED:
-                cid = task.cid
-                answer["holders"][cid] = [peer.reach or self._ip, self._pieces.address[1] if self._pieces else PIECE_PORT, task.piece_path()]
+                answer["holders"][0] = [peer.reach or self._ip, self._pieces.address[1] if self._pieces else PIECE_PORT, task.piece_path()]
             elif cid in task.peers:
                 holder = task.peers[cid]
-                answer["holders"][cid] = [holder.ip, holder.port, holder.path]
+                number = holder.number
+                answer["holders"][number] = [holder.ip, holder.port, holder.path]
             else:  # it left between the decision and now
                 self._swarm.scheduler.failed(task.task_id, peer.cid, num, cid, GONE, self._clock())
                 continue
             seal = store.seal(num) if store else None
-            answer["pieces"].append([num, cid, str(seal) if seal else None])
+            answer["pieces"].append([num, number, seal.short() if seal else None])
         if not answer["pieces"]:
             answer["code"] = WAIT
 
@@ -5850,7 +5887,7 @@ class Companion:
 FETCHERS = 3  # pieces under way at once, as many as a peer uploads: where all have as many, the links share out evenly
 AHEAD_S = 0.1  # how long before its end a piece is announced, at most: more puts ever more under way, all of them slower;
 AHEAD_TRIPS = 1.5  # round trips, and this many if that is less: the word to the supernode, its answer, the request
-HOLD_S = 0.05  # how long a good piece waits for company before it is reported: a third of all messages less
+HOLD_S = 0.12  # how long a good piece waits for company before it is reported: half of all messages less, for 0.2 % of the time
 AHEAD = 128  # pieces a lone download may have been promised beyond those
 PEER_SILENCE_S = 3.0  # from a peer, before its piece is asked for elsewhere
 PEER_LEAST = 1024.0  # bytes/s, of a peer that is not silent
@@ -5871,6 +5908,11 @@ class Order(NamedTuple):
     digest: str
     range_text: str
     plain: bool = False  # `cdnSource: source`: unwrapped bytes from the origin itself.  Wire: 5.4
+
+    @property
+    def holder(self) -> Any:
+        """The holder as a supernode knows it that has numbered them; 0 is the supernode itself."""
+        return 0 if self.cid.startswith("cdnnode:") else int(self.cid) if self.cid.isdigit() else self.cid
 
     @property
     def from_peer(self) -> bool:
@@ -6195,6 +6237,7 @@ class Registration(NamedTuple):
     version: str  # "" while it is not known
     content: Optional[bytes]
     plain: bool  # cdnSource "source": pieces are ranges of the origin's file
+    line: str = ""  # what stands for task and client in each sync
 
 
 class SyncLine:
@@ -6206,7 +6249,6 @@ class SyncLine:
     NEVER = float("inf")
     PATIENCE_S = 0.1  # for a batch to come, before it is asked for again because another piece is here
     PAUSE_S = (0.05, 1.0)  # before asking again, doubling, whoever does not hold what he has no answer to
-    HEADERS = (("Content-Type", "application/json"), (DFLY_HEADER, "1"))
     ENCODE = staticmethod(json.JSONEncoder(separators=(",", ":")).encode)
 
     def __init__(self, registration: Registration, cid: str, fetchers: Fetchers, store: TaskFile,
@@ -6267,24 +6309,23 @@ class SyncLine:
         return layout.count is None or bin(self._store.have).count("1") + left < layout.count
 
     def _send(self, slots: int) -> None:
-        done = [[o.order.num, o.order.cid, round(o.seconds, 4), o.length] for o in self._reports if not o.error]
-        failed = [[o.order.num, o.order.cid, getattr(o.error, "why", "other")] for o in self._reports if o.error]
-        soon, self._reports, self._soon, self._send_at = self._soon, [], [], self.NEVER
-        queue = AHEAD if slots and self._fetchers.left <= FETCHERS else 0
+        done = [[o.order.num, o.order.holder, round(o.seconds, 3), o.length] for o in self._reports if not o.error]
+        failed = [[o.order.num, o.order.holder, getattr(o.error, "why", "other")] for o in self._reports if o.error]
+        queue = AHEAD if slots and not self._eager and self._fetchers.left <= FETCHERS else 0
         if queue and self._batches and self._store.layout.count is not None:
             self._asked_at = self._clock()
         self._sent_at = self._clock()
-        message = {"task": self._registration.task_id, "cid": self._cid, "done": done, "failed": failed, "soon": soon, "slots": slots,
-                   "queue": queue, "wait": SYNC_WAIT_S if slots else 0}
-        if self._have:
-            message["have"] = "%x" % self._have
-            self._have = 0
-        body = self.ENCODE(message).encode()
+        said = {"done": done, "failed": failed, "soon": self._soon, "slots": slots, "queue": queue, "have": self._have and "%x" % self._have}
+        message = {name: value for name, value in said.items() if value}  # to a supernode of many every byte counts
+        self._reports, self._soon, self._send_at, self._have = [], [], self.NEVER, 0
+        line = self._registration.line
+        message.update({} if slots else {"wait": 0}, **({} if line else {"task": self._registration.task_id, "cid": self._cid}))
+        target, body = "/peer/sync" + ("?" + line if line else ""), self.ENCODE(message).encode()
         while True:
             link = self._idle.pop() if self._idle else HttpLink(self._node.host, self._node.port, SYNC_WAIT_S + 10.0, 3.0)
             kept = not link.fresh
             try:
-                link.send("POST", "/peer/sync", self.HEADERS, body)
+                link.send("POST", target, (), body)
             except NetworkError:
                 link.close()
                 if not kept:
@@ -6348,10 +6389,11 @@ class SyncLine:
         """Return the pieces that an answer hands out.  Raises NoSuchPiece, and what Python does of answers of another form."""
         orders = []
         for num, cid, digest in answer["pieces"]:
-            host, port, path = answer["holders"][cid]
-            if not (0 < port < 65536 and path.startswith("/") and not host.startswith("/") and (digest is None or digest.startswith("sha256:"))):
+            host, port, path = answer["holders"][str(cid)]
+            if not (0 < port < 65536 and path.startswith("/") and not host.startswith("/")):
                 raise ValueError(cid)
-            orders.append(Order(int(num), cid, host, port, path, digest or "", self._store.layout.range_text(num)))
+            orders.append(Order(int(num), "cdnnode:" if cid == 0 else str(cid), host, port, path, Seal.long(digest) if digest else "",
+                                self._store.layout.range_text(num)))
         return orders
 
     def close(self) -> None:
@@ -6815,7 +6857,7 @@ class Download:
                 raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
         plain = data.get("cdnSource") == "source"
         version = str(extra.get("version", "")) if extra or plain else UNNAMED
-        return Registration(node, task_id, None if length < 0 else length, size, bool(extra), version, content, plain)
+        return Registration(node, task_id, None if length < 0 else length, size, bool(extra), version, content, plain, str(extra.get("line", "")))
 
     def _swarm(self, registration: Registration) -> None:
         """Fetch what is missing through one supernode; publish when all is right."""

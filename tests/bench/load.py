@@ -22,11 +22,13 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from world import World, descriptors, wait_for  # noqa: E402
 
-SLOTS, QUEUE = 3, 64          # what the real client asks for
+SLOTS = 3          # what the real client asks for
 PER_ADDRESS = 20000           # connections from one 127.0.0.x, which has some 28,000 ports
 LENGTH = re.compile(rb"\r\nContent-Length: (\d+)\r\n")
 CODE = re.compile(rb'^\{"code":(\d+)')
-PIECE = re.compile(rb'\[(\d+),"([^"]+)",(?:"|null)')
+PIECE = re.compile(rb'\[(\d+),(\d+),(?:"|null)')
+LINE = re.compile(rb'"line":"([0-9a-f]+)"')
+TASK = re.compile(rb'"taskId":"([0-9a-f]+)"')
 
 
 def read_cpu(pid):
@@ -68,11 +70,11 @@ class Link:
 class Peer:
     """A pretended client of one task."""
 
-    def __init__(self, number, cid, registration, task):
+    def __init__(self, number, registration, answer):
         self.number = number
         self.registration = registration  # its register, ready to send
-        self.task = task
-        self.about = b'{"task":"%s","cid":"%s",' % (task.encode(), cid.encode())  # how each of its messages begins
+        self.task = TASK.search(answer).group(1).decode()
+        self.line = LINE.search(answer).group(1)  # what stands for task and client in each of its messages
         self.idle = []                    # connections without a request
         self.waiting = 0                  # requests without an answer
         self.orders = collections.deque()  # [num, holder, since, announced] of pieces it has been told to fetch
@@ -90,16 +92,14 @@ class Peer:
         if self.orders:
             order = self.orders[0]
             if order[3]:
-                done = b'[%d,"%s",%.4f,%d]' % (order[0], order[1], now - order[2], size)
+                done = b'"done":[[%d,%s,%.3f,%d]],' % (order[0], order[1], now - order[2], size)
                 self.orders.popleft()
             else:
-                soon, order[3] = b"%d" % order[0], True
+                soon, order[3] = b'"soon":[%d],' % order[0], True
         elif self.waiting:
             return None
-        queue = QUEUE if len(self.orders) <= SLOTS else 0
-        body = b'%s"done":[%s],"failed":[],"soon":[%s],"slots":%d,"queue":%d}' % (self.about, done, soon, SLOTS, queue)
-        return b"POST /peer/sync HTTP/1.1\r\nHost: supernode\r\nContent-Type: application/json\r\nx-dfly: 1\r\nContent-Length: %d\r\n\r\n%s" % (
-            len(body), body)
+        body = b'{%s%s"slots":%d}' % (done, soon, SLOTS)
+        return b"POST /peer/sync?%s HTTP/1.1\r\nHost: supernode:8002\r\nContent-Length: %d\r\n\r\n%s" % (self.line, len(body), body)
 
 
 class Load:
@@ -135,7 +135,7 @@ class Load:
                 if answer["code"] != 200:
                     raise SystemExit("register: %r" % answer)
                 self.size = answer["data"]["pieceSize"] - 5
-                self.peers.append(Peer(number, cid, request, answer["data"]["taskId"]))
+                self.peers.append(Peer(number, request, data))
 
     def begin(self):
         """Have every peer send its first sync."""
@@ -209,6 +209,8 @@ class Load:
         code = int(match.group(1)) if match and data.startswith(b"HTTP/1.1 200 ") else 0
         self.codes[code] += 1
         self.answers += code != 200  # else it was to a register
+        if code == 200:
+            peer.line = LINE.search(data).group(1)
         if code == 601:
             for num, holder in PIECE.findall(data, data.index(b'"pieces":')):
                 peer.orders.append([int(num), holder, now, False])

@@ -221,5 +221,5 @@ def test_repeated_flags_stand_on_lines_of_their_own_in_the_file(world, origin, h
 
 
 def test_version_is_printed(world):
-    assert re.match(r"dfly \d+\.\d+\.\d+$", world.run("version").stdout.strip())
+    assert re.match(r"dfly \d+\.\d+\.\d+ \((without _fastpiece|_fastpiece, \w+)\)$", world.run("version").stdout.strip())
     assert "dfget version:" in world.run("get", "--version").stdout
