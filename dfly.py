@@ -7580,7 +7580,12 @@ class Blob(ReadAlong):
         self.began = self.used_at = time.monotonic()
         self.proven = {}  # type: Dict[str, float]  # fingerprints of credentials, and until when they are good
         self.unwanted = False  # nobody waits for it: the download shall end
-        self.ended = False  # its threads have
+        self.settled = threading.Event()  # its threads have ended
+
+    @property
+    def ended(self) -> bool:
+        """Return whether its threads have."""
+        return self.settled.is_set()
 
     def close(self, keep: bool = False) -> None:
         """Give back its descriptors, and its place on the disk unless somebody could know it again."""
@@ -7682,6 +7687,10 @@ class Blobs:
         """Return the blob at `url`, on its way from now on; None when it had better be asked of its origin.  End with `leave`."""
         now, key = time.monotonic(), digest or url
         with self._lock:
+            ending = self._blobs.get(key)
+        if ending and (ending.error or ending.unwanted):
+            ending.settled.wait(1.0)  # those who waited for it know before its file is free
+        with self._lock:
             blob = self._blobs.get(key)
             if blob and (blob.error or blob.unwanted or (blob.ended and not digest)):
                 blob = None  # a new one, as soon as the old one's file is free
@@ -7741,7 +7750,7 @@ class Blobs:
             self.log.warn("%s: %s", blob.name, blob.error)
             remove(blob.path)
             self._mark_bad(blob, 0.0 if left else 600.0)
-        blob.ended = True
+        blob.settled.set()
 
     def _download(self, blob: Blob, headers: List[Tuple[str, str]]) -> None:
         """Have a blob fetched, and note how that went.  Raises FinalFailure, DflyError."""
@@ -7827,9 +7836,8 @@ class Blobs:
         for blob in blobs:
             blob.unwanted = True
         deadline = time.monotonic() + limit_s
-        while not all(blob.ended for blob in blobs) and time.monotonic() < deadline:
-            time.sleep(0.02)
         for blob in blobs:
+            blob.settled.wait(max(0.0, deadline - time.monotonic()))
             if blob.ended and not blob.users:
                 blob.close(keep=not blob.error)
             elif not blob.digest:
