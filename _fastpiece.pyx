@@ -9,13 +9,16 @@ import os
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uint8_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free, malloc
+from posix.types cimport off_t
 
 cdef extern from *:
     """
+    #include <errno.h>
     #include <stdint.h>
     #include <stdlib.h>
     #include <string.h>
+    #include <unistd.h>
 
     /* ---- vectors ----------------------------------------------------------------
        GCC's vector types, of 4, 8 or 16 lanes of 32 bits; a compiler splits what the processor has no register for. */
@@ -169,71 +172,122 @@ cdef extern from *:
 
     typedef void (*kernel)(uint32_t *state, const uint8_t *const *p, size_t blocks);
 
-    KERNELS(plain, v4, 4, 1, )
+    /* One group for a few messages; for more a second one, whose steps fill the gaps between those of the first. */
+    #define BOTH(NAME, V, N, TARGET) KERNELS(NAME##_1, V, N, 1, TARGET) KERNELS(NAME##_2, V, N, 2, TARGET)
+    #define WIDTH(NAME, N) (width){#NAME, N, {md5_##NAME##_1, md5_##NAME##_2}, {sha256_##NAME##_1, sha256_##NAME##_2}}
+
+    BOTH(plain, v4, 4, )
     #if defined(__x86_64__) || defined(__i386__)
-    KERNELS(sse2, v4, 4, 2, __attribute__((target("sse2"))))
-    KERNELS(avx2, v8, 8, 2, __attribute__((target("avx2"))))
-    KERNELS(avx512, v16, 16, 2, __attribute__((target("avx512f"))))
+    #include <cpuid.h>
+    BOTH(sse2, v4, 4, __attribute__((target("sse2"))))
+    BOTH(avx2, v8, 8, __attribute__((target("avx2"))))
+    BOTH(avx512, v16, 16, __attribute__((target("avx512f"))))
     #endif
 
-    typedef struct { const char *name; int lanes; kernel md5, sha256; } width;
-    static width widths[5];
+    typedef struct { const char *name; int lanes; kernel md5[2], sha256[2]; } width;  /* kernels of one group of lanes, and of two */
+    static width widths[4];
 
     /* Return how many widths this processor has, the best one last. */
     static int find_widths(void) {
         int n = 0;
-        widths[n++] = (width){"plain", 4, md5_plain, sha256_plain};
+        widths[n++] = WIDTH(plain, 4);
     #if defined(__x86_64__) || defined(__i386__)
         __builtin_cpu_init();
-        if (__builtin_cpu_supports("sse2")) widths[n++] = (width){"sse2", 8, md5_sse2, sha256_sse2};
-        if (__builtin_cpu_supports("avx2")) widths[n++] = (width){"avx2", 16, md5_avx2, sha256_avx2};
-        if (__builtin_cpu_supports("avx512f")) widths[n++] = (width){"avx512", 32, md5_avx512, sha256_avx512};
+        if (__builtin_cpu_supports("sse2")) widths[n++] = WIDTH(sse2, 4);
+        if (__builtin_cpu_supports("avx2")) widths[n++] = WIDTH(avx2, 8);
+        if (__builtin_cpu_supports("avx512f")) widths[n++] = WIDTH(avx512, 16);
     #endif
         return n;
+    }
+
+    /* Return whether the processor has instructions of its own for SHA-256, which a library then uses. */
+    static int has_sha(void) {
+    #if defined(__x86_64__) || defined(__i386__)
+        unsigned a, b, c, d;
+        return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b >> 29 & 1);
+    #elif defined(__ARM_FEATURE_SHA2)
+        return 1;
+    #else
+        return 0;
+    #endif
     }
 
     /* ---- messages, each a run through three stretches of whole blocks ------------------ */
 
     #define MOST 32
+    #define CHUNK 512  /* blocks of a file that a lane reads at once: all lanes' chunks stay in the second cache */
 
     typedef struct {
-        const uint8_t *at[3];      /* what is put together here, the caller's bytes, what is put together at the end */
+        const uint8_t *head, *data, *tail;  /* the caller's bytes, */
+        size_t heads, count, tails;
+        int fd;                             /* or -1 or those of a file, */
+        off_t offset;
+        size_t unread;                      /* blocks */
+        int fault;                          /* errno, or -1 where the file ends too early */
+        const uint8_t *at[3];               /* what is put together here, the caller's bytes, what is put together at the end */
         size_t blocks[3];
         uint8_t first[64], last[128];
     } message;
 
+    /* Copy bytes of a message's data; on a fault there is nothing more to read of it. */
+    static void copy(message *m, size_t from, size_t count, uint8_t *to) {
+        if (m->fd < 0) { if (count) memcpy(to, m->data + from, count); return; }
+        while (count && !m->fault) {
+            ssize_t got = pread(m->fd, to, count, m->offset + (off_t)from);
+            if (got > 0) { to += got; from += (size_t)got; count -= (size_t)got; }
+            else if (!got) m->fault = -1;
+            else if (errno != EINTR) m->fault = errno;
+        }
+    }
+
     /* Lay out head + data + tail (head and tail together at most 60 bytes), with the padding that the digest wants. */
-    static void lay_out(message *m, const uint8_t *head, size_t heads, const uint8_t *data, size_t count, const uint8_t *tail, size_t tails, int big) {
-        size_t total = heads + count + tails, taken = 0, left;
+    static void lay_out(message *m, int big) {
+        size_t heads = m->heads, count = m->count, total = heads + count + m->tails, taken = 0, whole = 0, left;
         uint8_t *end = m->last;
         memset(m->blocks, 0, sizeof m->blocks);
         memset(m->last, 0, sizeof m->last);
-        m->at[0] = m->first; m->at[2] = m->last;
+        memset(m->first, 0, sizeof m->first);
+        m->at[0] = m->first; m->at[1] = NULL; m->at[2] = m->last;
+        m->unread = 0; m->fault = 0;
         if (heads && count >= 64 - heads) {
             taken = 64 - heads;
-            memcpy(m->first, head, heads);
-            memcpy(m->first + heads, data, taken);
+            memcpy(m->first, m->head, heads);
+            copy(m, 0, taken, m->first + heads);
             m->blocks[0] = 1;
             heads = 0;
         }
-        m->at[1] = data + taken;
-        if (!heads) { m->blocks[1] = (count - taken) / 64; taken += 64 * m->blocks[1]; }
-        if (heads) memcpy(end, head, heads);
+        if (!heads) whole = (count - taken) / 64;
+        if (m->fd < 0) { m->at[1] = m->data + taken; m->blocks[1] = whole; }
+        else { m->unread = whole; m->offset += (off_t)taken; m->count -= taken; count -= taken; taken = 0; }
+        taken += 64 * whole;
+        if (heads) memcpy(end, m->head, heads);
         end += heads;
         left = count - taken;
-        if (left) memcpy(end, data + taken, left);
+        copy(m, taken, left, end);
         end += left;
-        if (tails) memcpy(end, tail, tails);
-        end += tails;
+        if (m->tails) memcpy(end, m->tail, m->tails);
+        end += m->tails;
         *end++ = 0x80;
         m->blocks[2] = (size_t)(end - m->last) > 56 ? 2 : 1;
         end = m->last + 64 * m->blocks[2] - 8;
         for (int i = 0; i < 8; i++) end[big ? 7 - i : i] = (uint8_t)((uint64_t)total * 8 >> 8 * i);
     }
 
-    /* Digest `count` messages, `lanes` at a time; the digests follow each other in `out`. */
-    static void digest_all(const width *wide, int big, message *m, size_t count, uint8_t *out) {
-        int lanes = wide->lanes, words = big ? 8 : 4, active = 0;
+    /* Read the next blocks of a file. */
+    static void refill(message *m, uint8_t *chunk) {
+        size_t blocks = m->unread < CHUNK ? m->unread : CHUNK;
+        copy(m, 0, 64 * blocks, chunk);
+        if (m->fault) { m->unread = 0; return; }
+        m->offset += (off_t)(64 * blocks);
+        m->unread -= blocks;
+        m->at[1] = chunk;
+        m->blocks[1] = blocks;
+    }
+
+    /* Digest `count` messages, each in a lane while it lasts; the digests follow each other in `out`.  `chunks` has one for each lane. */
+    static void digest_all(const width *wide, int big, message *m, size_t count, uint8_t *out, uint8_t *chunks) {
+        int groups = count > (size_t)wide->lanes ? 2 : 1, lanes = groups * wide->lanes, words = big ? 8 : 4, active = 0;
+        kernel take = (big ? wide->sha256 : wide->md5)[groups - 1];
         const uint32_t *start = big ? SHA_START : MD5_START;
         uint32_t state[8 * MOST];
         const uint8_t *p[MOST];
@@ -245,7 +299,10 @@ cdef extern from *:
             size_t blocks = (size_t)-1;
             int some = -1;
             for (int l = 0; l < lanes; l++) {
-                while (run[l] < 3 && !m[owner[l]].blocks[run[l]]) run[l]++;
+                while (run[l] < 3 && !m[owner[l]].blocks[run[l]]) {
+                    if (run[l] == 1 && m[owner[l]].unread) refill(&m[owner[l]], chunks + (size_t)l * 64 * CHUNK);
+                    else run[l]++;
+                }
                 if (run[l] == 3) {
                     if (owner[l] < count) {
                         for (int i = 0; i < words; i++)
@@ -259,7 +316,9 @@ cdef extern from *:
                         run[l] = 0;
                         active++;
                         for (int i = 0; i < words; i++) state[i * lanes + l] = start[i];
-                        while (!m[owner[l]].blocks[run[l]]) run[l]++;
+                        lay_out(&m[owner[l]], big);
+                        l--;  /* on to its first blocks */
+                        continue;
                     }
                 }
                 if (run[l] < 3) {
@@ -271,7 +330,7 @@ cdef extern from *:
             }
             if (!active) return;
             for (int l = 0; l < lanes; l++) if (run[l] == 3) p[l] = p[some];  /* what an idle lane digests, nobody asks for */
-            (big ? wide->sha256 : wide->md5)(state, p, blocks);
+            take(state, p, blocks);
             for (int l = 0; l < lanes; l++) if (run[l] < 3) {
                 m[owner[l]].at[run[l]] += 64 * blocks;
                 m[owner[l]].blocks[run[l]] -= blocks;
@@ -283,11 +342,17 @@ cdef extern from *:
         const char *name
         int lanes
     ctypedef struct message:
-        pass
-    width widths[5]
+        const uint8_t *head
+        const uint8_t *data
+        const uint8_t *tail
+        size_t heads, count, tails
+        int fd, fault
+        off_t offset
+    width widths[4]
+    int MOST, CHUNK
     int find_widths() nogil
-    void lay_out(message *m, const uint8_t *head, size_t heads, const uint8_t *data, size_t count, const uint8_t *tail, size_t tails, int big) nogil
-    void digest_all(const width *wide, int big, message *m, size_t count, uint8_t *out) nogil
+    int has_sha() nogil
+    void digest_all(const width *wide, int big, message *m, size_t count, uint8_t *out, uint8_t *chunks) nogil
 
 
 cdef int _count = find_widths()
@@ -298,13 +363,16 @@ if os.environ.get("DFLY_LANES") in _names:
 
 #: How wide the vectors in use are: plain, sse2, avx2 or avx512.
 LANES = _names[_best]
+#: From how many messages on they are faster than one after the other by hashlib; what has instructions of its own is hard to beat.
+WORTH = {"md5": 2, "sha256": (10 if LANES == "avx512" else 1 << 30) if has_sha() else 3 if LANES == "avx512" else 6}
 
 
 def digest_many(str kind, list messages, str lanes=""):
     """Return the digests (bytes) of messages, each (head, data, tail): head and tail are bytes, at most 60 of them together, data any
-    contiguous buffer.  `kind` is md5 or sha256; `lanes` another width than LANES, for comparison.
+    contiguous buffer or (fd, offset, length) of a file; b"" for one whose file ends too early.  `kind` is md5 or sha256; `lanes` another
+    width than LANES, for comparison.
 
-    One thread, without the GIL.  Raises ValueError, BufferError.
+    One thread, without the GIL.  Raises ValueError, BufferError, OSError.
     """
     cdef int big = kind == "sha256"
     cdef int wide = _names.index(lanes) if lanes else _best
@@ -313,13 +381,13 @@ def digest_many(str kind, list messages, str lanes=""):
     cdef message *laid
     cdef bytes head, tail, out
     cdef uint8_t *found
+    cdef uint8_t *chunks = NULL
     if kind not in ("md5", "sha256"):
         raise ValueError(kind)
     if not count:
         return []
-    views = <Py_buffer *>malloc(count * sizeof(Py_buffer))
-    laid = <message *>malloc(count * sizeof(message))
-    held = 0
+    views = <Py_buffer *>calloc(count, sizeof(Py_buffer))
+    laid = <message *>calloc(count, sizeof(message))
     try:
         if not views or not laid:
             raise MemoryError()
@@ -327,19 +395,34 @@ def digest_many(str kind, list messages, str lanes=""):
             head, data, tail = messages[i]
             if len(head) + len(tail) > 60:
                 raise ValueError("head and tail have more than 60 bytes")
-            PyObject_GetBuffer(data, &views[i], PyBUF_SIMPLE)
-            held += 1
-            lay_out(&laid[i], head, len(head), <const uint8_t *>views[i].buf, views[i].len, tail, len(tail), big)
+            laid[i].head, laid[i].heads, laid[i].tail, laid[i].tails = head, len(head), tail, len(tail)
+            laid[i].fd = -1
+            if isinstance(data, tuple):
+                laid[i].fd, laid[i].offset, laid[i].count = data
+                if laid[i].fd < 0 or laid[i].offset < 0:
+                    raise ValueError("no place in a file: %r" % (data,))
+                if not chunks:
+                    chunks = <uint8_t *>malloc(MOST * CHUNK * 64)
+                    if not chunks:
+                        raise MemoryError()
+            else:
+                PyObject_GetBuffer(data, &views[i], PyBUF_SIMPLE)
+                laid[i].data, laid[i].count = <const uint8_t *>views[i].buf, views[i].len
         out = bytes(count * size)
         found = out
         with nogil:
-            digest_all(&widths[wide], big, laid, count, found)
-        return [out[i * size:(i + 1) * size] for i in range(count)]
+            digest_all(&widths[wide], big, laid, count, found, chunks)
+        for i in range(count):
+            if laid[i].fault > 0:
+                raise OSError(laid[i].fault, os.strerror(laid[i].fault))
+        return [b"" if laid[i].fault else out[i * size:(i + 1) * size] for i in range(count)]
     finally:
-        for i in range(held):
-            PyBuffer_Release(&views[i])
+        if views:
+            for i in range(count):
+                PyBuffer_Release(&views[i])  # does nothing to one that was never taken
         free(views)
         free(laid)
+        free(chunks)
 
 
 def nums_of(mask):

@@ -68,7 +68,7 @@ import sys
 import threading
 import time
 import zlib
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 VERSION = "0.1.0"
@@ -657,21 +657,11 @@ def nums_of(mask: int) -> List[int]:
     return [num for num, bit in enumerate(reversed(bin(mask))) if bit == "1"] if mask > 0 else []
 
 
-def digest_many(kind: str, messages: List[Tuple[bytes, Any, bytes]]) -> List[bytes]:
-    """Return the digests, `kind` md5 or sha256, of messages, each (head, data, tail): head and tail have at most 60 bytes together."""
-    found = []
-    for head, data, tail in messages:
-        digest = new_md5() if kind == "md5" else hashlib.sha256()
-        for part in (head, data, tail):
-            digest.update(part)
-        found.append(digest.digest())
-    return found
-
-
 LANES = ""  # how wide the vectors of the accelerator are; "" without it
+WORTH = {}  # type: Dict[str, int]  # from how many messages on it is faster than hashlib, by kind of digest
 try:
     if not os.environ.get("DFLY_NO_FASTPIECE"):
-        from _fastpiece import LANES, digest_many, nums_of  # type: ignore[assignment,no-redef] # noqa: F401, F811
+        from _fastpiece import LANES, WORTH, digest_many as digest_lanes, nums_of  # type: ignore[no-redef] # noqa: F401, F811
 except ModuleNotFoundError:  # not built
     pass
 except Exception as error:  # noqa: BLE001 a build of another Python, or of another version of us: whatever is wrong with it, we can do without
@@ -681,6 +671,54 @@ except Exception as error:  # noqa: BLE001 a build of another Python, or of anot
 def accelerator() -> str:
     """Say whether _fastpiece is in use."""
     return "_fastpiece, " + LANES if LANES else "without _fastpiece"
+
+
+def each_processor(function: Callable[[Any], Any], items: List[Any]) -> Iterator[Any]:
+    """Yield function(item) of each item, in their order, with as many at work as there are processors (at most 4)."""
+    workers = min(len(items), os.cpu_count() or 1, 4)
+    if workers < 2:
+        yield from map(function, items)
+    else:
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(workers) as pool:
+            yield from pool.map(function, items)
+
+
+def read_into(fd: int, offset: int, buffer: Any) -> int:
+    """Fill a buffer with bytes of a file, as far as it goes; return the count.  Raises OSError."""
+    if hasattr(os, "preadv"):  # 3.7; saves a new page for every page read
+        return os.preadv(fd, [buffer], offset)
+    data = os.pread(fd, len(buffer), offset)
+    buffer[:len(data)] = data
+    return len(data)
+
+
+def read_fd(fd: int, offset: int, length: int) -> Iterator[Any]:
+    """Yield bytes of a file, as far as it goes, some at a time; what is yielded is valid until the next turn.  Raises OSError."""
+    end, buffer = offset + length, memoryview(bytearray(min(length, 1 << 18)))
+    while offset < end:
+        count = read_into(fd, offset, buffer[:end - offset])
+        if not count:
+            return
+        offset += count
+        yield buffer[:count]
+
+
+def digest_many(kind: str, messages: List[Tuple[bytes, Any, bytes]]) -> List[bytes]:
+    """Return the digests, `kind` md5 or sha256, of messages, each (head, data, tail): head and tail are at most 60 bytes together, data
+    is a buffer or (fd, offset, length) of a file; b"" for one whose file ends too early.  Raises OSError."""
+    if len(messages) >= WORTH.get(kind, len(messages) + 1):
+        return digest_lanes(kind, messages)
+    found = []
+    for head, data, tail in messages:
+        digest, count = new_md5() if kind == "md5" else hashlib.sha256(), 0
+        digest.update(head)
+        for part in read_fd(*data) if isinstance(data, tuple) else (data,):
+            digest.update(part)
+            count += len(part)
+        digest.update(tail)
+        found.append(digest.digest() if not isinstance(data, tuple) or count == data[2] else b"")
+    return found
 
 
 def mask_of(nums: Any) -> int:
@@ -2257,8 +2295,11 @@ class TaskFile:
         """Write plain bytes at an offset, and take them back from the file into the same buffer: whoever digests that has
         checked what came and what was written in one.  Raises NoSpace, CannotWrite."""
         self.write(offset, plain)
-        if self._read_into(offset, plain) < len(plain):
-            raise CannotRead("%s is shorter than it was written" % self.data)
+        try:
+            if read_into(self._fd, offset, plain) < len(plain):
+                raise CannotRead("%s is shorter than it was written" % self.data)
+        except OSError as error:  # also when the file has been let go of meanwhile
+            raise CannotRead("%s: %s" % (self.data, error.strerror))
 
     def seal_piece(self, num: int, seal: Seal, reread: bool = False) -> None:
         """Declare that piece `num` has been written (or read back, if `reread`) and has this seal.  Raises NoSpace, CannotWrite."""
@@ -2278,67 +2319,70 @@ class TaskFile:
         self._rewrite()
 
     def _read(self, offset: int, length: int) -> Iterator[Any]:
-        """Yield bytes of the file, some at a time; what is yielded is valid until the next turn."""
-        end, buffer = offset + length, memoryview(bytearray(min(length, 1 << 18)))
-        while offset < end:
-            count = self._read_into(offset, buffer[:end - offset])
-            if not count:
-                return
-            offset += count
-            yield buffer[:count]
-
-    def _read_into(self, offset: int, buffer: Any) -> int:
-        """Fill a buffer with bytes of the file, as far as it goes; return the count.  Raises CannotRead."""
+        """Yield bytes of the file as `read_fd` does.  Raises CannotRead."""
         try:
-            if hasattr(os, "preadv"):  # 3.7; saves a new page for every page read
-                return os.preadv(self._fd, [buffer], offset)
-            data = os.pread(self._fd, len(buffer), offset)
-            buffer[:len(data)] = data
-            return len(data)
-        except OSError as error:  # also when the file has been let go of meanwhile
+            yield from read_fd(self._fd, offset, length)
+        except OSError as error:
             raise CannotRead("%s: %s" % (self.data, error.strerror))
 
-    def read_back(self, num: int) -> bool:
-        """Read piece `num` back from the disk, and return and note whether it still is what its seal says."""
-        seal = self._seals.get(num)
-        if not seal:
-            return False
-        digest = hashlib.sha256()
-        for data in self._read(num * self.layout.stride, seal.length):
-            digest.update(data)
-        right = digest.hexdigest() == seal.sha256
-        with self._lock:
-            self.reread = self.reread | 1 << num if right else self.reread & ~(1 << num)
-        return right
+    def read_back(self, nums: Iterable[int], on_piece: Callable[[int], None] = lambda num: None) -> List[int]:
+        """Read pieces back from the disk, and note and return which are not, or no longer, what their seals say.
+
+        `on_piece` is told of each that is, as it is found.  Each processor takes as many at once as it can digest together.  Raises CannotRead.
+        """
+        claims = [(num, self._seals.get(num)) for num in nums]
+        wrong = [num for num, seal in claims if not seal]
+        sealed = [(num, seal) for num, seal in claims if seal]
+        most = 16 if WORTH.get("sha256", 99) <= 16 else 1
+        batches = [sealed[at:at + most] for at in range(0, len(sealed), most)]
+        for batch, digests in zip(batches, each_processor(self._sha256s, batches)):
+            for (num, seal), digest in zip(batch, digests):
+                right = digest.hex() == seal.sha256
+                with self._lock:
+                    self.reread = self.reread | 1 << num if right else self.reread & ~(1 << num)
+                if right:
+                    on_piece(num)
+                else:
+                    wrong.append(num)
+        return wrong
+
+    def _sha256s(self, claims: List[Tuple[int, Seal]]) -> List[bytes]:
+        try:
+            return digest_many("sha256", [(b"", (self._fd, num * self.layout.stride, seal.length), b"") for num, seal in claims])
+        except OSError as error:  # also when the file has been let go of meanwhile
+            raise CannotRead("%s: %s" % (self.data, error.strerror))
 
     def verify(self, on_piece: Callable[[int], None] = lambda num: None) -> int:
         """Digest every claimed piece of a resumed file again, keep what is true, and return how many were not.
 
-        `on_piece` is told of each true piece as it is found.  Raises CannotWrite.
+        `on_piece` is told of each true piece as it is found.  Raises CannotRead, CannotWrite.
         """
-        false = []
-        for num in sorted(self._seals):
-            try:
-                right = self._seals[num].length == self.layout.content_range(num)[1] and self.read_back(num)
-            except NoSuchPiece:
-                right = False
-            if right:
-                with self._lock:
-                    self.have |= 1 << num
-                on_piece(num)
-            else:
-                false.append(num)
-        self.drop(false)
-        return len(false)
+        def keep(num: int) -> None:
+            with self._lock:
+                self.have |= 1 << num
+            on_piece(num)
+
+        claimed = sorted(self._seals)
+        fitting = [num for num in claimed if num < (self.layout.count or MAX_COUNT) and self._seals[num].length == self.layout.content_range(num)[1]]
+        wrong = self.read_back(fitting, keep)
+        wrong += set(claimed).difference(fitting)
+        self.drop(wrong)
+        return len(wrong)
 
     def wrapped_md5(self, num: int) -> str:
         """Return `<md5>:<len>` of the wrapped piece `num`, which the old wire wants.  Raises NoMd5, NoSuchPiece.  Wire: 3.2"""
         if num not in self._md5s:
             nums, most = [num], min(self.MD5S, (64 << 20) // self.layout.size) if LANES else 1  # one after the other there is nothing to win
             nums += [other for other in range(num + 1, num + most) if self.have >> other & 1 and other not in self._md5s]
-            messages = [(self.layout.head(other), self.read_at(*self.layout.content_range(other)), TAIL) for other in nums]
-            for other, message, digest in zip(nums, messages, digest_many("md5", messages)):
-                self._md5s[other] = "%s:%d" % (digest.hex(), len(message[1]) + WRAP)
+            spans = [(self._fd,) + self.layout.content_range(other) for other in nums]
+            try:
+                digests = digest_many("md5", [(self.layout.head(other), span, TAIL) for other, span in zip(nums, spans)])
+            except OSError as error:
+                raise CannotRead("%s: %s" % (self.data, error.strerror))
+            for other, span, digest in zip(nums, spans, digests):
+                if not digest:
+                    raise CannotRead("%s: the file is shorter than it was" % self.data)
+                self._md5s[other] = "%s:%d" % (digest.hex(), span[2] + WRAP)
         return self._md5s[num]
 
     def wrapped_body(self, start: int, end: int) -> List[Any]:
@@ -4138,7 +4182,7 @@ class CdnTask:
     def refetch(self, num: int, origin: Origin) -> bool:
         """Look at piece `num` again; when it is no longer what it was, fetch it anew and return True."""
         store = self.store
-        if not store or not store.seal(num) or store.read_back(num):
+        if not store or not store.seal(num) or not store.read_back([num]):
             return False
         store.drop([num])
         with self._lock:
@@ -6986,7 +7030,7 @@ class Download:
         """Read back what has not been yet, and drop what is not what arrived.  Raises WrongBytes."""
         store = self.store
         assert store and store.layout.count is not None
-        wrong = [num for num in range(store.layout.count) if not store.reread >> num & 1 and not store.read_back(num)]
+        wrong = store.read_back(num for num in range(store.layout.count) if not store.reread >> num & 1)
         if wrong:
             store.drop(wrong)
             raise WrongBytes(store.data, "that of %d pieces as they arrived" % store.layout.count, "another for %d of them" % len(wrong))

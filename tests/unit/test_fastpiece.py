@@ -1,4 +1,5 @@
 """The accelerator's digests against hashlib's: every boundary, alignment and number of lanes, on every width that is here."""
+import errno
 import hashlib
 import os
 import random
@@ -17,18 +18,29 @@ EDGES = [0, 1, 3, 55, 56, 57, 59, 60, 61, 63, 64, 65, 119, 120, 121, 127, 128, 1
 WIDTHS = ("plain", "sse2", "avx2", "avx512")
 #: Draws messages of all kinds, for a process of its own as well.
 CHECK = """
-import hashlib, random, sys
+import hashlib, random, sys, tempfile
 import _fastpiece
-rng = random.Random(int(sys.argv[1]))
+rng, file = random.Random(int(sys.argv[1])), tempfile.TemporaryFile()
+fd = file.fileno()
 for _ in range(int(sys.argv[2])):
     messages = []
     for _ in range(rng.choice([0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40, 70])):
         at, size = rng.randrange(9), rng.choice([%s, rng.randrange(9000)])
         head, tail = rng.choice([b"", b"head", bytes(rng.randrange(50))]), rng.choice([b"", b"\\x7f", bytes(rng.randrange(10))])
         messages.append((head, memoryview(rng.getrandbits(8 * (at + size) + 1).to_bytes(at + size + 1, "little"))[at:at + size], tail))
+    end, spans = 0, []
+    for head, data, tail in messages:
+        end += rng.randrange(100)
+        file.seek(end)
+        file.write(data)
+        spans.append((head, (fd, end, len(data)), tail))
+        end += len(data)
+    file.flush()
+    mixed = [rng.choice(both) for both in zip(messages, spans)]
     for kind in ("md5", "sha256"):
-        found = _fastpiece.digest_many(kind, messages)
-        assert found == [hashlib.new(kind, head + bytes(data) + tail).digest() for head, data, tail in messages], (kind, [len(m[1]) for m in messages])
+        right = [hashlib.new(kind, head + bytes(data) + tail).digest() for head, data, tail in messages]
+        for given in (messages, spans, mixed):
+            assert _fastpiece.digest_many(kind, given) == right, (kind, [len(m[1]) for m in messages])
 """ % ", ".join(map(str, EDGES))
 
 
@@ -72,11 +84,34 @@ def test_long_and_short_together():
         assert fast().digest_many(kind, messages) == [hashlib.new(kind, message[1]).digest() for message in messages]
 
 
+def digesters():
+    """Return digest_many of both paths."""
+    return [fast().digest_many, dfly.digest_many]
+
+
+def test_large_spans_of_a_file_and_those_that_end_too_early(tmp_path):
+    data = random.Random(5).getrandbits(8 * 3000000).to_bytes(3000000, "little")
+    (tmp_path / "data").write_bytes(data)
+    with open(str(tmp_path / "data"), "rb") as file:
+        fd = file.fileno()
+        messages = [(b"head", (fd, 7, 2000000), b"\x7f"), (b"", (fd, 2999999, 1), b""), (b"", (fd, 0, 3000001), b""), (b"", (fd, 1000000, 2000000), b""),
+                    (b"", (fd, 5000000, 10), b""), (b"", (fd, 5000000, 0), b"x"), (b"", data, b"")]
+        for kind in ("md5", "sha256"):
+            right = [hashlib.new(kind, message).digest() for message in (b"head" + data[7:2000007] + b"\x7f", data[-1:], data[1000000:], b"x", data)]
+            for digest_many in digesters():
+                assert digest_many(kind, messages) == right[:2] + [b""] + right[2:3] + [b""] + right[3:]
+    for digest_many in digesters():
+        with pytest.raises(OSError) as caught:
+            digest_many("md5", [(b"", (fd, 0, 10), b"")] * 2)
+        assert caught.value.errno == errno.EBADF
+
+
 def test_what_it_can_t_digest_is_an_error_and_leaks_nothing():
     module = fast()
     for kind, messages, error in (("sha1", [], ValueError), ("md5", [(b"", "text", b"")], TypeError), ("md5", [(b"", 5, b"")], TypeError),
                                   ("md5", [(b"x" * 60, b"", b"y")], ValueError), ("md5", [(b"", memoryview(b"abcd")[::2], b"")], BufferError),
-                                  ("md5", [(b"", b"")], ValueError)):
+                                  ("md5", [(b"", b"")], ValueError), ("md5", [(b"", (-1, 0, 5), b"")], ValueError), ("md5", [(b"", (0, -1, 5), b"")], ValueError),
+                                  ("md5", [(b"", (0, 0, -5), b"")], OverflowError), ("md5", [(b"", (0, 0), b"")], ValueError)):
         with pytest.raises(error):
             module.digest_many(kind, messages)
     buffer = bytearray(100)
