@@ -2253,10 +2253,10 @@ class TaskFile:
         assert self.layout.count is not None
         return (1 << self.layout.count) - 1 & ~self.have
 
-    def set_version(self, version: str) -> None:
-        """Note which version of the file the pieces are of, once that is known.  Raises NoSpace, CannotWrite."""
-        if self.about.get("version", "") != version:
-            self.about = dict(self.about, version=version)
+    def note(self, **facts: str) -> None:
+        """Note what has become known of the file, as which `version` it is.  Raises NoSpace, CannotWrite."""
+        if any(self.about.get(name, "") != value for name, value in facts.items()):
+            self.about = dict(self.about, **facts)
             try:
                 self._rewrite()
             except OSError as error:
@@ -2759,20 +2759,23 @@ class Origin:
             return ""
         return "\0insecure" if self.insecure else "\0" + hashlib.sha256("\0".join(self.cacerts).encode("utf-8", "surrogateescape")).hexdigest()
 
-    def vouch(self) -> None:
-        """Ask whether it would give the file to this asker.  Raises as `open`."""
+    def vouch(self, headers: Any = ()) -> "OriginReply":
+        """Ask whether it would give the file to this asker; return the head of its answer.  Raises as `open`."""
         try:
-            self.open(method="HEAD").close()
+            reply = self.open(headers=headers, method="HEAD")
         except SourceError as refusal:
             if refusal.status not in (403, 405, 501):
                 raise
-            self.open(0, 1).close()  # no HEAD here, or a signature that is for GET only
+            reply = self.open(headers=headers) if headers else self.open(0, 1)  # no HEAD here, or a signature that is for GET only
+        reply.close()
+        return reply
 
     def prove(self, start: int, end: int, read_at: Callable[[int, int], bytes]) -> None:
         """Ask for some of the bytes [start, end), which `read_at` reads (offset, length): anybody can say that he has a file, and would
         give it.  Raises SourceError as `open` and where they are others, and what `read_at` raises."""
         if start >= end:
-            return self.vouch()
+            self.vouch()
+            return
         at = start + random.randrange(max(1, end - start - (1 << 14)))
         end = min(at + (1 << 14), end)
         reply, found = self.open(at, end), bytearray(end - at)
@@ -2785,7 +2788,6 @@ class Origin:
             reply.close()
         if reply.start != at or found[:count] != read_at(at, end - at):
             raise SourceError("%s: it says that it has %s, but sends something else" % (self.url, self.content))
-        return None
 
     def open(self, start: int = 0, end: Optional[int] = None, headers: Any = (), method: str = "GET") -> "OriginReply":
         """Ask for bytes [start, end) (all, if both are left out) of our file; return the answer once its head is there.
@@ -2899,7 +2901,7 @@ class OriginReply:
 
     def __init__(self, origin: Origin, response: Any, start: int, ranged: bool) -> None:
         self._origin, self._response = origin, response
-        headers = response.headers
+        self.headers = headers = response.headers
         self.status = response.code
         self.etag = headers.get("ETag", "")
         self.modified = headers.get("Last-Modified", "")
@@ -4125,6 +4127,49 @@ def _common(peer: _Peer, holder: Optional[_Peer]) -> int:
 # ==============================================================================
 
 
+class Caching(NamedTuple):
+    """How long an origin lets its answer be used without another question.  RFC 9111, 4.2"""
+
+    lifetime: float  # seconds from now on
+    explicit: bool  # it has said so, else it is a guess
+    keep: bool  # whether it may lie on a disk once nobody uses it
+    must: bool  # no longer than that, also when it can't be asked
+
+    @classmethod
+    def of(cls, headers: Any, now: float) -> "Caching":
+        """Read an answer's headers; what is no date or number counts as past."""
+        said = {}  # type: Dict[str, str]
+        for part in ",".join(headers.get_all("Cache-Control") or ()).split(","):
+            name, _, value = part.strip().partition("=")
+            said.setdefault(name.strip().lower(), value.strip(' "'))
+        date = cls._time(headers.get("Date")) or now
+        ages = [said[name] for name in ("s-maxage", "max-age") if name in said]
+        explicit = True
+        if "no-cache" in said or "no-store" in said:
+            lifetime = 0.0
+        elif ages:
+            lifetime = float(ages[0]) if re.match(r"^\d{1,10}$", ages[0]) else 0.0
+        elif headers.get("Expires"):
+            lifetime = (cls._time(headers["Expires"]) or 0.0) - date
+        else:
+            explicit = False
+            lifetime = min(max(10.0, (date - (cls._time(headers.get("Last-Modified")) or date)) / 10), 180.0)
+        age = headers.get("Age", "")
+        if explicit and re.match(r"^\d{1,10}$", age):
+            lifetime -= int(age)
+        return cls(max(0.0, lifetime), explicit, "no-store" not in said,
+                   any(name in said for name in ("must-revalidate", "proxy-revalidate", "s-maxage", "no-cache")))
+
+    @staticmethod
+    def _time(text: Optional[str]) -> Optional[float]:
+        import email.utils
+        try:
+            parts = email.utils.parsedate_tz(text or "")
+            return float(email.utils.mktime_tz(parts)) if parts else None
+        except (TypeError, ValueError, OverflowError, IndexError):
+            return None
+
+
 class CdnEvents:
     """What a CDN task tells its owner; called on the task's thread, without a lock."""
 
@@ -4157,6 +4202,8 @@ class CdnTask:
         self.promised_size = 0  # the same, once it has been told to somebody
         self.version = ""  # names this very copy to peers that resume, also where the origin names none
         self.origin_bytes = 0  # read from the origin, by all fetches
+        self.caching = None  # type: Optional[Caching]  # as the origin's last answer has it
+        self._fresh_until = 0.0  # time.time() until which it need not be asked again
         self._lock = threading.Lock()
         self._thread = None  # type: Optional[threading.Thread]
         self._stopping = False
@@ -4189,6 +4236,31 @@ class CdnTask:
             if self.state == self.SUCCESS:
                 self.state = self.WAITING
         self.ensure(origin)
+        return True
+
+    def stale(self) -> bool:
+        """Return whether the origin is to be asked before this is given to anybody else; of a file without a name of its version it
+        could say nothing."""
+        return (self.state == self.SUCCESS and any(version_parts(self.version)) and not content_of(self.url) and bool(self.caching)
+                and time.time() >= self._fresh_until)
+
+    def revalidate(self, origin: Origin) -> bool:
+        """Ask the origin whether this is still its file; return whether it is, or can't be asked.  Raises SourceError where it refuses
+        this asker."""
+        assert self.caching and self.store
+        try:
+            reply = origin.vouch(if_none_match(self.version))
+        except SourceError as error:
+            if error.status in (401, 403, 407):
+                raise
+            if error.status or self.caching.must:
+                return False  # the next fetch will say why
+            self._cdn.log.warn("task %s: %s; what is here is served on", self.task_id, error)
+            self._fresh_until = time.time() + self._cdn.retry_s
+            return True
+        if not self._unchanged(self.store, reply):
+            return False
+        self._note_caching(self.store, origin, reply)
         return True
 
     def rate(self, now: float) -> float:
@@ -4258,6 +4330,7 @@ class CdnTask:
         """Return what an earlier run has left, if it can still be of use."""
         kept = TaskFile.resume(self.path, self.path + ".journal")
         if kept and (not any(version_parts(kept.about.get("version", "")))  # nothing could tell us whether it is still the origin's file
+                     or kept.about.get("keep") == "no"
                      or not same_file(kept.about.get("url", ""), self.url)
                      or self.promised_size not in (0, kept.layout.size)):
             kept.close()
@@ -4274,6 +4347,8 @@ class CdnTask:
     def _ask(self, origin: Origin, kept: Optional[TaskFile]) -> Optional[OriginReply]:
         """Ask the origin for the file, or whether it has changed; None when it can't be reached and we have it all."""
         whole = kept is not None and kept.layout.count is not None and kept.claimed == kept.layout.count
+        if kept and time.time() < float(kept.about.get("fresh", "0")):
+            return None
         try:
             if whole and origin.content:
                 origin.vouch()
@@ -4282,7 +4357,7 @@ class CdnTask:
         except NeedAuth:
             raise
         except SourceError as error:
-            if not whole or error.status:
+            if not kept or not whole or error.status or kept.about.get("must") == "yes":
                 raise
             self._cdn.log.warn("task %s: %s; serving what was fetched before", self.task_id, error)
             return None
@@ -4290,6 +4365,8 @@ class CdnTask:
     def _reuse(self, origin: Origin, kept: TaskFile, reply: Optional[OriginReply]) -> None:
         """Go on with what an earlier run has fetched: announce what is still true, fetch the rest."""
         self._adopt(kept)
+        if reply:
+            self._note_caching(kept, origin, reply)
         if reply and reply.status == 304:
             reply.close()
             reply = None
@@ -4313,8 +4390,17 @@ class CdnTask:
         except DflyError:
             reply.close()
             raise
+        self._note_caching(store, origin, reply)
         self._adopt(store)
         self._fill(origin, reply)
+
+    def _note_caching(self, store: TaskFile, origin: Origin, reply: OriginReply) -> None:
+        """Note how long this may be served without a question; on disk only what it takes no credentials to read, and no guess."""
+        now = time.time()
+        self.caching = caching = Caching.of(reply.headers, now)
+        self._fresh_until = now + max(1.0, caching.lifetime)  # those who ask at once are one question
+        lasting = caching.explicit and not origin.credentials()
+        store.note(fresh="%d" % (now + caching.lifetime if lasting else 0), keep="yes" if caching.keep else "no", must="yes" if caching.must else "no")
 
     def _adopt(self, store: TaskFile) -> None:
         self.store = store
@@ -4364,6 +4450,8 @@ class Cdn:
         if task:
             task.stop()
             self._used(task)
+            if task.caching and not task.caching.keep:
+                self._remove(task.path)
 
     def delete(self, task_id: str) -> None:
         """Forget a task and remove its bytes."""
@@ -4494,6 +4582,10 @@ class SwarmTask:
         if not self.cdn.error or not self.origin:
             return False
         return self.filled_by_another(origin) or (isinstance(self.cdn.error, NeedAuth) and self.origin.credentials() != origin.credentials())
+
+    def stale(self) -> bool:
+        """Return whether the origin is to be asked whether it still has this file; of what has a digest there is only one."""
+        return not self.md5 and self.cdn.stale()
 
     def refusal(self, credentials: str, now: float) -> Optional[DflyError]:
         """Return why the origin has lately refused the file to these credentials, None if it has not."""
@@ -4725,17 +4817,19 @@ class Swarm(CdnEvents):
     # -- whom the origin would let read ----------------------------------------------
 
     def prove(self, task: SwarmTask, origin: Origin, credentials: str) -> None:
-        """Have the origin asked whether it would give the file to these credentials too.  Wire: 16 (2)"""
+        """Have the origin asked whether it would give the file to these credentials too, and still has it.  Wire: 10.3, 16 (2)"""
         with self.lock:
-            if task.proven.get(credentials, 0) > self._clock() or credentials in task.checking:
+            if credentials in task.checking or (task.proven.get(credentials, 0) > self._clock() and not task.stale()):
                 return
             task.checking.add(credentials)
         threading.Thread(target=self._check, args=(task, origin, credentials), name="dfly-access", daemon=True).start()
 
     def _check(self, task: SwarmTask, origin: Origin, credentials: str) -> None:
-        error = None  # type: Optional[DflyError]
+        error, changed = None, False  # type: Optional[DflyError], bool
         try:
-            if task.filled_by_another(origin):
+            if task.stale():
+                changed = not task.cdn.revalidate(origin)
+            elif task.filled_by_another(origin):
                 task.begun.wait(Origin.TIMEOUT_S)
                 if not task.cdn.store or not task.cdn.store.have:
                     raise SourceError("%s: nothing of it is here yet against which to hold what %s sends" % (task.url, origin.url))
@@ -4752,7 +4846,10 @@ class Swarm(CdnEvents):
             if error and not (public and getattr(error, "status", 0) not in (401, 403, 407)):
                 task.refused[credentials] = (self._clock() + 10.0, error)
             else:
-                task.proven[credentials] = self._clock() + 300.0
+                task.proven[credentials] = max(task.proven.get(credentials, 0.0), self._clock() + 300.0)
+            if changed and self.tasks.get(task.task_id) is task:
+                self._log.info("task %s: the origin has another file now", task.task_id)
+                self.forget_locked(task)
         self.notify(("task", task.task_id))
 
     # -- clients that come and go ------------------------------------------------------
@@ -4974,7 +5071,7 @@ class Supernode:
         left = request.state["until"] - self._clock()
         if left > 0 and not request.expired and (checking or self._worth_waiting(task, peer)):
             return Park(("task", task.task_id), left)
-        if checking:
+        if checking and task.proven.get(request.state["credentials"], 0) <= self._clock():
             return Response.of_json({"code": SYSTEM_ERROR, "msg": "the origin does not say whether this client may read %s" % task.url})
         return self._registered(task, peer, request)
 
@@ -6421,7 +6518,7 @@ class SyncLine:
         before = self._eager, self._store.layout.length
         self._eager = bool(answer.get("eager", self._eager))
         if answer.get("version") and not self._registration.version:
-            self._store.set_version(str(answer["version"]))
+            self._store.note(version=str(answer["version"]))
         length, layout = answer.get("length"), self._store.layout
         if length is not None:
             if not 0 <= length <= MAX_COUNT * layout.stride or layout.length not in (None, length):
@@ -6485,7 +6582,8 @@ class PullLine:
             quote(self._cid, safe=":~"), quote(cid, safe=":~"), range_text, result, status, self._registration.task_id)
         answer = self._ask("/peer/task?" + query)
         code = answer.get("code")
-        if code == WAIT or (code == CONTINUE and not answer.get("data") and not self._running):
+        nothing = code == WAIT or (code == CONTINUE and not answer.get("data") and not self._running)
+        if nothing and len(self._owed) == 1:  # else the next report may be what it waits for
             self.reason = "waiting: supernode %s has nothing to hand out: %.200s" % (self._node, answer.get("msg", ""))
             self._fetchers.wait(min(limit_s, self._pause))
             self._pause = min(self.PAUSE_S[1], self._pause * 2)
@@ -6494,6 +6592,8 @@ class PullLine:
             return
         self._owed.pop(0)
         self._pause = self.PAUSE_S[0]
+        if nothing:
+            return
         if code == CONTINUE:
             self._take(answer.get("data") or [])
         elif code == FINISH:

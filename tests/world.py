@@ -160,6 +160,11 @@ class Outcome(Result):
         return float(re.search(r"cost:([\d.]+)s", self.stdout).group(1))  # type: ignore[union-attr]
 
     @property
+    def began(self) -> float:
+        """When it began, seconds since 1970, as the program itself says."""
+        return float(re.search(r"^sign:\d+-([\d.]+)$", self.stdout, re.M).group(1))  # type: ignore[union-attr]
+
+    @property
     def reason(self) -> Optional[int]:
         found = re.search(r"reason:(\d+)", self.stdout)
         return int(found.group(1)) if found else None
@@ -182,7 +187,8 @@ class Command:
         self._files = (base + ".out", base + ".err")
         with open(self._files[0], "wb") as out, open(self._files[1], "wb") as err:
             self.proc = subprocess.Popen(list(argv), stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=cwd or world.root,
-                                         env=dict(world.env, **(env or {})), start_new_session=True)
+                                         env=dict(world.env, **(env or {})), start_new_session=True,
+                                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a shell's background job has it off
         self.pid = self.proc.pid
         world.commands.append(self)
 

@@ -96,7 +96,7 @@ def test_a_piece_that_comes_while_the_journal_is_written_anew_is_in_it(folder, m
             other.join(0.2)  # it ends here, or it has to wait for us
         return line(num, seal)
     monkeypatch.setattr(dfly.TaskFile, "_piece_line", staticmethod(watched))
-    store.set_version("v2")
+    store.note(version="v2")
     other.join()
     store.close()
     again = dfly.TaskFile.resume(folder + "/data", folder + "/journal")
