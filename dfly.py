@@ -4397,7 +4397,10 @@ class CdnTask:
     def _note_caching(self, store: TaskFile, origin: Origin, reply: OriginReply) -> None:
         """Note how long this may be served without a question; on disk only what it takes no credentials to read, and no guess."""
         now = time.time()
-        self.caching = caching = Caching.of(reply.headers, now)
+        caching = Caching.of(reply.headers, now)
+        if reply.status == 304 and not caching.explicit and self.caching:
+            caching = self.caching  # what it has said before still holds
+        self.caching = caching
         self._fresh_until = now + max(1.0, caching.lifetime)  # those who ask at once are one question
         lasting = caching.explicit and not origin.credentials()
         store.note(fresh="%d" % (now + caching.lifetime if lasting else 0), keep="yes" if caching.keep else "no", must="yes" if caching.must else "no")
