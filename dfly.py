@@ -9,6 +9,7 @@ nothing but a Python 3.6 or later: copy it to a host and run it.
     dfly.py peer           the host's uploader; `get` starts it by itself     ports 15000 - 65000
     dfly.py daemon         registry mirror and proxy for docker and its kin   port 65001
     dfly.py status         what the daemon of this host is doing
+    dfly.py preheat WHAT   have a file or an image on the supernodes before anybody asks
     dfly.py demo           an origin, a supernode and four peers on loopback, to see it work
     (a link named dfget, supernode or dfdaemon makes the file act as that program)
 
@@ -189,6 +190,7 @@ class SourceError(DflyError):
 class NeedAuth(SourceError):
     """The origin wants credentials that were not given, or not these."""
     exit, old_exit, code = 6, 79, NEED_AUTH
+    challenge = ""  # its WWW-Authenticate
 
 
 class SourceChanged(SourceError):
@@ -2815,14 +2817,16 @@ class Origin:
             error.close()
             if error.code == 304:
                 return OriginReply(self, error, start, ranged)
-            raise self._refusal(error.code)
+            raise self._refusal(error.code, error.headers)
         except (urllib.error.URLError, OSError, http.client.HTTPException, ValueError) as error:
             raise self._failure(getattr(error, "reason", error), ssl)
         return OriginReply(self, response, start, ranged)
 
-    def _refusal(self, status: int) -> SourceError:
+    def _refusal(self, status: int, headers: Any) -> SourceError:
         if status in (401, 407):
-            return NeedAuth("%s: authentication needed (%d)" % (self.url, status), status)
+            refusal = NeedAuth("%s: authentication needed (%d)" % (self.url, status), status)
+            refusal.challenge = headers.get("WWW-Authenticate", "")
+            return refusal
         if 300 <= status < 400:
             return SourceError("%s: redirects in a circle, or to no http(s) URL (%d)" % (self.url, status), status)
         return SourceError("%s: the origin answers %d" % (self.url, status), status)
@@ -4205,6 +4209,7 @@ class CdnTask:
         self.caching = None  # type: Optional[Caching]  # as the origin's last answer has it
         self._fresh_until = 0.0  # time.time() until which it need not be asked again
         self._lock = threading.Lock()
+        self.settled = threading.Event()  # no fetch is under way, and its end has been told
         self._thread = None  # type: Optional[threading.Thread]
         self._stopping = False
         self._speed = (0.0, 0)  # (when, bytes) the last time somebody asked how fast it is
@@ -4222,6 +4227,7 @@ class CdnTask:
             if self.state == self.FAILED and time.monotonic() < self.ended_at + self._cdn.retry_s:
                 return
             self.state, self.error = self.RUNNING, None
+            self.settled.clear()
             self._speed = (time.monotonic(), self.origin_bytes)
             self._thread = threading.Thread(target=self._run, args=(origin,), name="dfly-cdn-" + self.task_id[:8], daemon=True)
             self._thread.start()
@@ -4306,6 +4312,7 @@ class CdnTask:
             self.state, self.error, self.ended_at = state, error, time.monotonic()
         self._cdn.log.info("task %s %s: %s", self.task_id, state, error or self.url)
         self._events.on_end(self)
+        self.settled.set()
 
     def _fetch(self, origin: Origin) -> None:
         if self.store:  # only a piece or the rest is missing
@@ -4790,6 +4797,18 @@ class Swarm(CdnEvents):
         task.used_at = now
         return task
 
+    def begin(self, task_url: str, md5: str, identifier: str, origin: Origin) -> SwarmTask:
+        """Return the task that a client means, its fetch begun, its right to it not yet looked into.  Raises BadRequest."""
+        content = content_of(task_url)
+        if content and not same_file(origin.url, content):
+            raise BadRequest("rawUrl: %.200s: is no blob of the digest that taskUrl names" % origin.url)
+        task_id = task_id_of(task_url, md5, identifier, origin.header("range"), origin.trust())
+        with self.lock:
+            task = self.join_locked(task_id, content or origin.url, md5, origin, own=same_file(origin.url, task_url))
+        if task.cdn.state in (CdnTask.WAITING, CdnTask.FAILED):
+            task.cdn.ensure(origin)
+        return task
+
     def forget_locked(self, task: SwarmTask) -> None:
         """Let go of a task; its file stays in the cache."""
         for peer in task.peers.values():
@@ -4819,13 +4838,19 @@ class Swarm(CdnEvents):
 
     # -- whom the origin would let read ----------------------------------------------
 
-    def prove(self, task: SwarmTask, origin: Origin, credentials: str) -> None:
-        """Have the origin asked whether it would give the file to these credentials too, and still has it.  Wire: 10.3, 16 (2)"""
+    def prove(self, task: SwarmTask, origin: Origin, credentials: str, wait: bool = False) -> None:
+        """Have the origin asked (and `wait` for its answer) whether it would give the file to these credentials too, and still has it.
+
+        Wire: 10.3, 16 (2)
+        """
         with self.lock:
             if credentials in task.checking or (task.proven.get(credentials, 0) > self._clock() and not task.stale()):
                 return
             task.checking.add(credentials)
+        if wait:
+            return self._check(task, origin, credentials)
         threading.Thread(target=self._check, args=(task, origin, credentials), name="dfly-access", daemon=True).start()
+        return None
 
     def _check(self, task: SwarmTask, origin: Origin, credentials: str) -> None:
         error, changed = None, False  # type: Optional[DflyError], bool
@@ -4935,6 +4960,298 @@ class Swarm(CdnEvents):
 
 
 # ==============================================================================
+# 131. Preheat
+#    A file, or all that is in an image, brought into the cache before anybody asks for
+#    it: by an operator's word, or by a registry's that something was pushed.
+# ==============================================================================
+
+MANIFEST = 4 << 20  # bytes that a manifest may have for us to look into it
+_BLOB = re.compile(r"^.+/blobs/sha256:([0-9a-f]{64})$")
+_MANIFEST_URL = re.compile(r"^(https?://[^/?#]+/v2/.+)/manifests/([^/?#]+)$", re.I)
+_MANIFESTS = ", ".join("application/vnd." + name for name in (
+    "oci.image.index.v1+json", "oci.image.manifest.v1+json", "docker.distribution.manifest.list.v2+json", "docker.distribution.manifest.v2+json",
+    "docker.distribution.manifest.v1+prettyjws"))
+
+
+def parse_headers(texts: List[str]) -> List[Tuple[str, str]]:
+    """Return (name, value) pairs of `Name: value` texts; raises BadRequest for what can't stand in a request.  Wire: 1.2"""
+    pairs = []
+    for text in texts:
+        name, colon, value = text.partition(":")
+        name, value = name.strip(), value.strip()
+        if not colon or not re.match(r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$", name) or re.search(r"[\r\n\0]", value):
+            raise BadRequest("not a header: %.80r" % text)
+        if value:
+            pairs.append((name, value))
+    return pairs
+
+
+def image_url(reference: str, plain_http: bool = False) -> str:
+    """Return where the manifest of an image is, as docker reads `[HOST/]NAME[:TAG|@DIGEST]`.  Raises BadUsage."""
+    match = re.match(r"^(?:((?:[\w-]+(?:\.[\w-]+)+(?::\d+)?|[\w-]+:\d+|localhost|\[[0-9a-fA-F:]+\](?::\d+)?))/)?"
+                     r"([a-z0-9]+(?:(?:[._/]|__|-+)[a-z0-9]+)*)(?::([\w][\w.-]{0,127}))?(?:@(sha256:[0-9a-f]{64}))?$", reference, re.ASCII)
+    if not match:
+        raise BadUsage("neither a URL nor an image: %.200r" % reference)
+    host, name, tag, digest = match.groups()
+    if host in (None, "docker.io", "index.docker.io"):
+        host, name = "registry-1.docker.io", name if "/" in name else "library/" + name
+    return "%s://%s/v2/%s/manifests/%s" % ("http" if plain_http else "https", host, name, digest or tag or "latest")
+
+
+class ManifestReader:
+    """Reads manifests of one registry, with the token that it sends its askers for.  Used by one thread."""
+
+    def __init__(self, headers: List[Tuple[str, str]], insecure: bool, fence: Optional[Fence]) -> None:
+        self.headers = headers  # for the registry; they gain a token where it wants one
+        self._insecure, self._fence = insecure, fence
+        self._told = False  # it has got one
+
+    def blobs(self, url: str, depth: int = 2) -> List[str]:
+        """Return the URLs of all that is in the image whose manifest is at `url`, for all platforms.  Raises SourceError, NeedAuth."""
+        base = _MANIFEST_URL.match(url)
+        if not base:
+            raise BadRequest("url: %.200s: not a manifest's (http://HOST/v2/NAME/manifests/TAG)" % url)
+        try:
+            known = json.loads(self._get(url).decode())
+            inner = ["%s/manifests/%s" % (base.group(1), part["digest"]) for part in known.get("manifests") or ()]
+            parts = [known["config"]] if known.get("config") else []
+            digests = [part["digest"] for part in parts + (known.get("layers") or []) if not part.get("urls")]
+            digests += [part["blobSum"] for part in known.get("fsLayers") or ()]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise SourceError("%s: not a manifest" % url)
+        found = ["%s/blobs/%s" % (base.group(1), digest) for digest in digests if content_of(str(digest))]
+        for other in inner if depth else ():
+            found += self.blobs(other, depth - 1)
+        return list(collections.OrderedDict.fromkeys(found))
+
+    def _get(self, url: str, accept: str = _MANIFESTS) -> bytes:
+        try:
+            reply = Origin(url, self.headers + [("Accept", accept)], self._insecure, (), self._fence).open()
+        except NeedAuth as refusal:
+            self._authorize(refusal)
+            return self._get(url, accept)
+        data, view = b"", memoryview(bytearray(1 << 16))
+        try:
+            count = reply.read_into(view)
+            while count and len(data) <= MANIFEST:
+                data += view[:count]
+                count = reply.read_into(view)
+        finally:
+            reply.close()
+        if len(data) > MANIFEST:
+            raise SourceError("%s: a manifest of more than %s" % (url, show_size(MANIFEST)))
+        return data
+
+    def knock(self, url: str) -> None:
+        """Get the token that it takes to read what is at `url`, if it takes one.  Raises SourceError, NeedAuth."""
+        try:
+            Origin(url, self.headers, self._insecure, (), self._fence).vouch()
+        except NeedAuth as refusal:
+            self._authorize(refusal)
+
+    def _authorize(self, refusal: NeedAuth) -> None:
+        if self._told or not refusal.challenge.lower().startswith("bearer "):
+            raise refusal
+        self._told = True
+        token = self._token(dict(re.findall(r'(\w+)="([^"]*)"', refusal.challenge)))
+        self.headers = [pair for pair in self.headers if pair[0].lower() != "authorization"] + [("Authorization", "Bearer " + token)]
+
+    def _token(self, said: Dict[str, str]) -> str:
+        query = "&".join("%s=%s" % (name, quote(said[name], safe=":/")) for name in ("service", "scope") if name in said)
+        realm = said.get("realm", "")
+        try:
+            known = json.loads(self._get(realm + ("&" if "?" in realm else "?") + query, "application/json").decode())
+            token = str(known.get("token") or known.get("access_token") or "")
+        except (ValueError, AttributeError):
+            token = ""
+        if not re.match(r"^[!-~]+$", token):
+            raise NeedAuth("%.200s: gives no token" % realm)
+        return token
+
+
+class Preheat:
+    """One order to have something here.  Guarded by its Preheats' lock."""
+
+    WAITING, RUNNING, SUCCESS, FAILED = "WAITING", "RUNNING", "SUCCESS", "FAILED"
+
+    def __init__(self, number: str, kind: str, url: str, parent: str = "") -> None:
+        self.number, self.kind, self.url, self.parent = number, kind, url, parent
+        self.filter, self.identifier, self.headers, self.insecure = "", "", [], False  # type: str, str, List[Tuple[str, str]], bool
+        self.children = []  # type: List[str]
+        self.status, self.error = self.WAITING, ""
+        self.began, self.finished = 0.0, 0.0  # time.time()
+
+    def brief(self) -> Dict[str, Any]:
+        """Return how it stands, for JSON.  Wire: 12"""
+        def moment(seconds: float) -> str:
+            return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds)) if seconds else "0001-01-01T00:00:00Z"
+        found = {"ID": self.number, "startTime": moment(self.began), "finishTime": moment(self.finished), "status": self.status}
+        return dict(found, errorMsg=self.error) if self.error else found
+
+    def whole(self) -> Dict[str, Any]:
+        """Return all that is known of it, without anybody's secrets, for JSON.  Wire: 12"""
+        return {"ID": self.number, "URL": self.url, "Type": self.kind, "Filter": self.filter, "Identifier": self.identifier,
+                "Headers": {name: "" if name.lower() in ("authorization", "cookie") else value for name, value in self.headers},
+                "ParentID": self.parent, "Children": self.children, "Status": self.status, "StartTime": int(self.began * 1000),
+                "FinishTime": int(self.finished * 1000), "ErrorMsg": self.error}
+
+
+class Preheats:
+    """The preheats of a supernode and the threads that see to them.  _lock guards _all, and the preheats in it."""
+
+    WORKERS, ABREAST, MOST = 4, 4, 1000  # orders at once; blobs of an image at once; preheats that are remembered
+
+    def __init__(self, swarm: Swarm, fence: Fence, log: Log, accounts: Dict[str, str], clock: Callable[[], float] = time.monotonic) -> None:
+        self._swarm, self._fence, self._log, self._clock = swarm, fence, log, clock
+        self._accounts = accounts  # Authorization for those of whose pushes registries tell us, by host
+        self._lock = threading.Lock()
+        self._all = collections.OrderedDict()  # type: Dict[str, Preheat]
+        self._orders = queue.Queue()  # type: queue.Queue
+        self._threads = []  # type: List[threading.Thread]
+        self._stopping = False
+
+    def post(self, data: Dict[str, Any]) -> Tuple[int, str]:
+        """Begin a preheat as a request's body describes it; return the HTTP status and its ID.  Raises BadRequest.  Wire: 12"""
+        kind, url, headers = data.get("type"), data.get("url"), data.get("headers") or {}
+        if kind not in ("file", "image"):
+            raise BadRequest("type: %.60r: is neither image nor file" % kind)
+        if not isinstance(url, str) or not re.match(r"^https?://[^/\s]+", url, re.I):
+            raise BadRequest("url: %.200r: invalid value" % url)
+        if kind == "image" and not _MANIFEST_URL.match(url):
+            raise BadRequest("url: %.200s: not a manifest's (http://HOST/v2/NAME/manifests/TAG)" % url)
+        if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
+            raise BadRequest("headers: invalid value")
+        names, identifier = str(data.get("filter") or ""), str(data.get("identifier") or "")
+        pairs = parse_headers(["%s: %s" % pair for pair in headers.items()])
+        origin = Origin(url, pairs, data.get("insecure") is True, (), self._fence)
+        preheat = Preheat(task_id_of(filter_url(url, names), "", identifier, origin.header("range"), origin.trust()), str(kind), url)
+        preheat.filter, preheat.identifier, preheat.headers, preheat.insecure = names, identifier, pairs, origin.insecure
+        return self._enter(preheat)
+
+    def pushed(self, data: Dict[str, Any]) -> List[str]:
+        """Begin preheats of what a registry says was pushed to it (its notifications' envelope); return their IDs.  Raises BadRequest."""
+        events, begun = data.get("events"), []
+        if not isinstance(events, list):
+            raise BadRequest("events: not a registry's notification")
+        for event in events:
+            target = event.get("target") if isinstance(event, dict) else None
+            url = str(target.get("url") or "") if isinstance(target, dict) else ""
+            if not url or event.get("action") not in ("push", "mount") or not (_MANIFEST_URL.match(url) or _BLOB.match(url)):
+                continue
+            kind = "image" if _MANIFEST_URL.match(url) else "file"
+            preheat = Preheat(task_id_of(url), kind, url)
+            account = self._accounts.get(urlsplit(url).netloc.lower())
+            preheat.headers = [("Authorization", account)] if account else []
+            begun.append(self._enter(preheat)[1])
+        return begun
+
+    def _enter(self, preheat: Preheat) -> Tuple[int, str]:
+        with self._lock:
+            known = self._all.get(preheat.number)
+            if known and known.status in (known.WAITING, known.RUNNING):
+                return 201, preheat.number
+            self._all[preheat.number] = preheat
+            over = [number for number, other in self._all.items() if other.finished][:max(0, len(self._all) - self.MOST)]
+            for number in over:
+                del self._all[number]
+            if len(self._threads) < self.WORKERS:
+                self._threads.append(threading.Thread(target=self._work, name="dfly-preheat", daemon=True))
+                self._threads[-1].start()
+        self._orders.put(preheat)
+        return 201, preheat.number
+
+    def find(self, number: str) -> Preheat:
+        """Return a preheat.  Raises NoSuchTask."""
+        with self._lock:
+            if number not in self._all:
+                raise NoSuchTask("preheat task %.80s doesn't exists" % number)
+            return self._all[number]
+
+    def whole(self) -> List[Dict[str, Any]]:
+        """Return all that is known of all, for JSON.  Wire: 12"""
+        with self._lock:
+            return [preheat.whole() for preheat in self._all.values()]
+
+    def delete(self, number: str) -> None:
+        """Forget a preheat and its children; what is under way goes on.  Raises NoSuchTask."""
+        preheat = self.find(number)
+        with self._lock:
+            for gone in [number] + preheat.children:
+                self._all.pop(gone, None)
+
+    def stop(self) -> None:
+        """Begin nothing more."""
+        self._stopping = True
+        for _ in self._threads:
+            self._orders.put(None)
+
+    # -- on the threads ------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            preheat = self._orders.get()
+            if not preheat or self._stopping:
+                return
+            self._do(preheat, self._bring_image if preheat.kind == "image" else self._bring)
+
+    def _do(self, preheat: Preheat, act: Callable[[Preheat], None]) -> None:
+        preheat.status, preheat.began = preheat.RUNNING, time.time()
+        try:
+            act(preheat)
+        except DflyError as error:
+            preheat.error = str(error)
+        except Exception as error:  # noqa: BLE001 a fault of ours must not end the thread
+            import traceback
+            self._log.error("preheat %s: %s", preheat.url, traceback.format_exc())
+            preheat.error = "internal error: %r" % error
+        with self._lock:
+            preheat.status, preheat.finished = preheat.FAILED if preheat.error else preheat.SUCCESS, time.time()
+        self._log.info("preheat %s %s: %s", preheat.number, preheat.status, preheat.error or preheat.url)
+
+    def _bring_image(self, preheat: Preheat) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+        reader = ManifestReader(preheat.headers, preheat.insecure, self._fence)
+        children = []
+        for url in reader.blobs(preheat.url):
+            child = Preheat(task_id_of(url), "file", url, preheat.number)
+            child.headers, child.insecure = reader.headers, preheat.insecure
+            children.append(child)
+        with self._lock:
+            preheat.children = [child.number for child in children]
+            self._all.update((child.number, child) for child in children)
+        with ThreadPoolExecutor(self.ABREAST) as pool:
+            list(pool.map(lambda child: self._do(child, self._bring), children))
+        failed = [child for child in children if child.error]
+        if failed:
+            raise SourceError("%d of %d blobs: %s" % (len(failed), len(children), failed[0].error))
+
+    def _bring(self, preheat: Preheat) -> None:
+        """Have a file here.  Raises what keeps it from coming."""
+        blob = _BLOB.match(preheat.url.partition("?")[0])
+        content = "sha256:" + blob.group(1) if blob else ""
+        headers = preheat.headers
+        if blob and not preheat.parent:  # pushed by itself: it may take a token
+            reader = ManifestReader(headers, preheat.insecure, self._fence)
+            reader.knock(preheat.url)
+            headers = reader.headers
+        origin = Origin(preheat.url, headers, preheat.insecure, (), self._fence, content=content)
+        credentials, task_url = origin.credentials(), content or filter_url(preheat.url, preheat.filter)
+        for _ in range(3):  # a file that has changed is begun anew
+            task = self._swarm.begin(task_url, "", preheat.identifier, origin)
+            self._swarm.prove(task, origin, credentials, wait=True)
+            refusal = task.refusal(credentials, self._clock())
+            if refusal:
+                raise refusal
+            while not task.cdn.settled.wait(1.0):
+                if self._stopping:
+                    raise Stalled("the supernode ends")
+            if task.cdn.error:
+                raise task.cdn.error
+            if self._swarm.lives(task):
+                return
+
+
+# ==============================================================================
 # 14. Supernode
 #    The HTTP API of a supernode: the old one as a thin translation onto the same
 #    calls, and ours, one long-polled request for everything.  Knows no files.
@@ -4990,19 +5307,6 @@ class Fields:
         return values
 
 
-def parse_headers(texts: List[str]) -> List[Tuple[str, str]]:
-    """Return (name, value) pairs of `Name: value` texts; raises BadRequest for what can't stand in a request.  Wire: 1.2"""
-    pairs = []
-    for text in texts:
-        name, colon, value = text.partition(":")
-        name, value = name.strip(), value.strip()
-        if not colon or not re.match(r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$", name) or re.search(r"[\r\n\0]", value):
-            raise BadRequest("not a header: %.80r" % text)
-        if value:
-            pairs.append((name, value))
-    return pairs
-
-
 class Supernode:
     """The HTTP API: what clients and operators ask, told to the Swarm and answered from it."""
 
@@ -5020,6 +5324,15 @@ class Supernode:
         Route("POST", "/api/v1/peer/network", "network"),
         Route("GET", "/api/v1/tasks/", "task_info"),                  # Wire: 4.6
         Route("DELETE", "/api/v1/tasks/", "task_delete", worker=True),
+        Route("POST", "/preheats", "preheat"),                        # Wire: 12
+        Route("POST", "/preheats/registry", "preheat_pushed"),        # ours
+        Route("GET", "/preheats", "preheats"),
+        Route("GET", "/preheats/", "preheat_info"),
+        Route("DELETE", "/preheats/", "preheat_delete"),
+        Route("POST", "/api/v1/preheats", "preheat"),
+        Route("GET", "/api/v1/preheats", "preheats"),
+        Route("GET", "/api/v1/preheats/", "preheat_info"),
+        Route("DELETE", "/api/v1/preheats/", "preheat_delete"),
         Route("GET", "/_ping", "ping"),
         Route("GET", "/version", "version"),
         Route("GET", "/metrics", "metrics"),
@@ -5029,9 +5342,9 @@ class Supernode:
         Route("GET", "/qtdown/", "download"),                         # as supernode 0.2 called it
     )
 
-    def __init__(self, swarm: Swarm, advertise_ip: str, log: Log, fence: Fence, trusted: HostList, down_limit: int = 4,
+    def __init__(self, swarm: Swarm, preheats: Preheats, advertise_ip: str, log: Log, fence: Fence, trusted: HostList, down_limit: int = 4,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        self._swarm = swarm
+        self._swarm, self._preheats = swarm, preheats
         self._ip, self._log = advertise_ip, log
         self._clock = clock
         self._fence = fence  # from which origins it fetches
@@ -5052,6 +5365,7 @@ class Supernode:
         for server in (self._api, self._pieces):
             if server:
                 server.stop()
+        self._preheats.stop()
         self._swarm.stop()
 
     # -- register ------------------------------------------------------------------
@@ -5104,17 +5418,10 @@ class Supernode:
                 raise BadRequest("rootCAs: invalid value")
         md5 = fields.text("md5").lower()
         task_url = fields.text("taskUrl") or url
-        content = content_of(task_url)
-        if content and not same_file(url, content):
-            raise BadRequest("rawUrl: %.200s: is no blob of the digest that taskUrl names" % url)
-        origin = Origin(url, headers, fields.flag("insecure"), cas, self._fence, content=content)
-        task_id = task_id_of(task_url, md5, fields.text("identifier"), origin.header("range"), origin.trust())
-        with self._swarm.lock:
-            task = self._swarm.join_locked(task_id, content or url, md5, origin, own=same_file(url, task_url))
+        origin = Origin(url, headers, fields.flag("insecure"), cas, self._fence, content=content_of(task_url))
+        task = self._swarm.begin(task_url, md5, fields.text("identifier"), origin)
         credentials = origin.credentials()
         request.state.update(task=task, peer=peer, origin=origin, credentials=credentials, until=self._clock() + REGISTER_WAIT_S)
-        if task.cdn.state in (CdnTask.WAITING, CdnTask.FAILED):
-            task.cdn.ensure(origin)
         self._swarm.prove(task, origin, credentials)
 
     def _peer_of(self, request: Request, fields: Fields) -> Peer:
@@ -5509,6 +5816,34 @@ class Supernode:
     def network(self, _request: Request) -> Response:
         """POST /peer/network.  Wire: 4.5"""
         return Response.of_json({"code": SUCCESS, "data": {"nodes": None}, "nodes": None})
+
+    def preheat(self, request: Request) -> Response:
+        """POST /preheats: have a file or an image here before anybody asks.  Wire: 12"""
+        status, number = self._preheats.post(request.json())
+        return Response.of_json({"ID": number}, status)
+
+    def preheat_pushed(self, request: Request) -> Response:
+        """POST /preheats/registry: a registry of Docker Distribution's notification of what was pushed to it."""
+        return Response.of_json({"preheats": self._preheats.pushed(request.json())})
+
+    def preheats(self, _request: Request) -> Response:
+        """GET /preheats.  Wire: 12"""
+        return Response.of_json(self._preheats.whole())
+
+    def preheat_info(self, request: Request) -> Response:
+        """GET /preheats/{id}.  Wire: 12"""
+        try:
+            return Response.of_json(self._preheats.find(request.rest).brief())
+        except NoSuchTask as error:
+            return Response.of_error(404, str(error))
+
+    def preheat_delete(self, request: Request) -> Response:
+        """DELETE /preheats/{id}.  Wire: 12"""
+        try:
+            self._preheats.delete(request.rest)
+        except NoSuchTask as error:
+            return Response.of_error(404, str(error))
+        return Response.of_json(True)
 
     def ping(self, _request: Request) -> Response:
         """GET /_ping.  Wire: 4.6"""
@@ -7289,11 +7624,9 @@ LEFTOVER_S = 3600.0  # how long half a blob may wait for another request.  Wire:
 _HOP = frozenset("connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade".split())
 #: What a download must not show the origin in addition: it asks for the whole file, as it is.  Wire: 11.2
 _OURS = frozenset("host range accept-encoding content-length expect".split())
-_BLOB = re.compile(r"^.+/blobs/sha256:([0-9a-f]{64})$")
 _OPEN_RANGE = re.compile(r"^bytes=(\d{1,18})-$")
 _BY_URL, _BY_DIGEST = re.compile(r"^[0-9a-f]{64}$"), re.compile(r"^sha256-[0-9a-f]{64}$")  # names of whole files
 SILENT_S = 20.0  # how long a supernode that has not answered is not asked again
-MANIFEST = 4 << 20  # bytes that a manifest may have for us to look into it
 SIZES = 10000  # blobs whose size is remembered
 _MANIFEST = re.compile(r"^application/vnd\.(docker\.distribution|oci\.image)\.manifest\.")
 _TOKEN = re.compile(r"[?&](service|scope)=")
@@ -8773,7 +9106,7 @@ class Demo:
 #    Flags, the programs they start, and what a link's name means.
 # ==============================================================================
 
-USAGE = "dfly.py get | supernode | peer | daemon | status | demo | version   (--help after any of them)"
+USAGE = "dfly.py get | supernode | peer | daemon | status | preheat | demo | version   (--help after any of them)"
 
 
 def _flag(parser: Any, *names: str, **how: Any) -> None:
@@ -8836,7 +9169,8 @@ def _parse(parser: Any, section: str, arguments: List[str]) -> Any:
         else:
             parser.set_defaults(**{action.dest: value})
     options = parser.parse_args(arguments)
-    options.home = os.path.abspath(os.path.expanduser(options.home))
+    if hasattr(options, "home"):
+        options.home = os.path.abspath(os.path.expanduser(options.home))
     return options
 
 
@@ -8922,6 +9256,18 @@ def run_peer(arguments: List[str]) -> int:
     return 0
 
 
+def _accounts(text: str) -> Dict[str, str]:
+    """Return Authorization by host of `HOST=USER:PASSWORD,…`.  Raises BadUsage."""
+    import base64
+    found = {}
+    for entry in _csv(text):
+        host, mark, account = entry.partition("=")
+        if not mark or ":" not in account:
+            raise BadUsage("not an account: %.20s… (write HOST=USER:PASSWORD)" % entry[:5])
+        found[host.strip().lower()] = "Basic " + base64.b64encode(account.encode()).decode()
+    return found
+
+
 def supernode_parser() -> Any:
     """Return the parser of `supernode`.  Wire: 9"""
     parser = _parser("dfly.py supernode", "Track, schedule and seed downloads.")
@@ -8941,6 +9287,8 @@ def supernode_parser() -> Any:
     _flag(parser, "--deny-origins", type=HostList, default="", metavar="HOST,…", help="never fetch from these (metadata services are denied anyway)")
     _flag(parser, "--trusted-peers", type=HostList, default="127.0.0.0/8, ::1", metavar="NETWORK,…",
           help="whose clients may name another address for others than the one they call from (127.0.0.0/8, ::1)")
+    _flag(parser, "--registry-auth", type=_accounts, default="", metavar="HOST=USER:PASSWORD,…",
+          help="accounts with which to preheat what registries say was pushed to them")
     _flag(parser, "--disk-reserve", type=parse_size, default=0, metavar="SIZE", help="free space that the cache leaves (0)")
     for name in ("--peer-gc-delay", "--gc-initial-delay", "--gc-meta-interval", "--gc-disk-interval", "--young-gc-threshold", "--full-gc-threshold"):
         _flag(parser, name, default="", metavar="X", help="accepted for compatibility")
@@ -8995,7 +9343,9 @@ def run_supernode(arguments: List[str]) -> int:
     scheduler = Scheduler(up_slots=options.up_limit, seed_slots=options.seed_limit)
     ip = options.advertise_ip or first_address()
     swarm = Swarm(ip, log, scheduler, cdn, options.task_expire_time, time.monotonic)
-    supernode = Supernode(swarm, ip, log, Fence(options.allow_origins, options.deny_origins), options.trusted_peers, options.down_limit)
+    fence = Fence(options.allow_origins, options.deny_origins)
+    preheats = Preheats(swarm, fence, log, options.registry_auth)
+    supernode = Supernode(swarm, preheats, ip, log, fence, options.trusted_peers, options.down_limit)
     api_sock, piece_sock = listen(options.bind, options.port), listen(options.bind, options.download_port)
     api = Server(api_sock, Supernode.ROUTES, supernode, log, "api")
     pieces = Server(piece_sock, Supernode.PIECE_ROUTES, supernode, log, "pieces", TokenBucket(rate))
@@ -9333,6 +9683,80 @@ def _status_lines(found: Dict[str, Any]) -> List[str]:
     return lines
 
 
+def preheat_parser() -> Any:
+    """Return the parser of `preheat`."""
+    parser = _parser("dfly.py preheat", "Have a file or an image on the supernodes before anybody asks for it.")
+    parser.add_argument("what", metavar="URL|IMAGE", help="http(s) URL of a file or a manifest, or an image as docker names it")
+    _flag(parser, "-n", "--node", dest="nodes", type=parse_nodes, default="127.0.0.1:8002", metavar="HOST[:PORT][=WEIGHT],…", help="supernodes: all of them")
+    _flag(parser, "-f", "--filter", default="", metavar="a&b", help="query parameters that do not matter to which file it is")
+    _flag(parser, "-i", "--identifier", default="", metavar="ID", help="makes the same URL another task")
+    _flag(parser, "--header", action="append", default=[], metavar="'NAME: VALUE'", help="header for the origin or the registry; may be repeated")
+    _flag(parser, "--user", default="", metavar="NAME:PASSWORD", help="account at the origin or the registry")
+    _flag(parser, "--plain-http", action="store_true", help="an image's registry speaks HTTP without TLS")
+    _flag(parser, "--insecure", action="store_true", help="take any certificate of the origin")
+    _flag(parser, "--no-wait", action="store_true", help="do not wait for the end")
+    _flag(parser, "--timeout", type=parse_duration, default=1800.0, metavar="TIME", help="longest wait for the end (30m)")
+    return parser
+
+
+def run_preheat(arguments: List[str]) -> int:
+    """`preheat`: tell supernodes to fetch something, and wait until they have."""
+    options = _parse(preheat_parser(), "preheat", arguments)
+    url = options.what if "://" in options.what else image_url(options.what, options.plain_http)
+    headers = dict(parse_headers(options.header))
+    if options.user:
+        headers["Authorization"] = list(_accounts("x=" + options.user).values())[0]
+    order = {"type": "image" if re.search(r"/v2/.+/manifests/[^/?#]+$", url) else "file", "url": url, "filter": options.filter,
+             "identifier": options.identifier, "headers": headers, "insecure": options.insecure}
+    pool = Pool(10.0, 3.0)
+    try:
+        begun = [(node, str(_ask_json(pool, node, "POST", "/preheats", order).get("ID"))) for node in options.nodes]
+        deadline = time.monotonic() + options.timeout
+        for node, number in begun:
+            if options.no_wait:
+                print("%s: %s begun" % (node, number))
+            else:
+                _await_preheat(pool, node, number, deadline)
+    finally:
+        pool.close()
+    return 0
+
+
+def _ask_json(pool: Pool, node: Node, method: str, target: str, data: Any = None) -> Dict[str, Any]:
+    """Return what a supernode answers.  Raises NetworkError, and BadRequest where it refuses."""
+    code, text = pool.ask(node.host, node.port, method, target, [("Content-Type", "application/json")], b"" if data is None else json.dumps(data).encode())
+    try:
+        found = json.loads(text.decode())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise NetworkError("supernode %s answers %d, and not as one does" % (node, code))
+    if code >= 400:
+        raise BadRequest("supernode %s: %s" % (node, found.get("message") or found.get("msg") or code))
+    return found
+
+
+def _await_preheat(pool: Pool, node: Node, number: str, deadline: float) -> None:
+    """Wait for the end of a preheat, and say how it was.  Raises SourceError, TimedOut."""
+    began = told = time.monotonic()
+    pause = 0.05
+    while True:
+        found = _ask_json(pool, node, "GET", "/preheats/" + number)
+        now = time.monotonic()
+        if found.get("status") == Preheat.SUCCESS:
+            print("%s: there, after %.1f s" % (node, now - began), flush=True)
+            return
+        if found.get("status") == Preheat.FAILED:
+            raise SourceError("supernode %s: %s" % (node, found.get("errorMsg", "failed")))
+        if now > deadline:
+            raise TimedOut("supernode %s: not there yet; it goes on" % str(node))
+        if now - told > 5.0:
+            told = now
+            print("%s: fetching since %.0f s" % (node, now - began), flush=True)
+        time.sleep(pause)
+        pause = min(1.0, pause * 1.5)
+
+
 def run_demo(arguments: List[str]) -> int:
     """`demo`: show the main job on a bare machine."""
     import shutil
@@ -9352,7 +9776,8 @@ def run_version(_arguments: List[str]) -> int:
 
 
 COMMANDS = {"get": lambda arguments: run_get(arguments, old=False), "supernode": run_supernode, "peer": run_peer,
-            "daemon": lambda arguments: run_daemon(arguments, old=False), "status": run_status, "demo": run_demo, "version": run_version}  # type: Dict[str, Callable[[List[str]], int]]
+            "daemon": lambda arguments: run_daemon(arguments, old=False), "status": run_status, "preheat": run_preheat,
+            "demo": run_demo, "version": run_version}  # type: Dict[str, Callable[[List[str]], int]]
 
 
 def run_dfget(arguments: List[str]) -> int:

@@ -28,6 +28,7 @@ storage: {filesystem: {rootdirectory: %s}}
 http: {addr: "127.0.0.1:%d"%s}
 """
 AUTH = "auth: {htpasswd: {realm: here, path: %s}}\n"
+EVENTS = "notifications: {endpoints: [{name: supernode, url: %s/preheats/registry, timeout: 5s, threshold: 3, backoff: 1s}]}\n"
 TOKENS = "auth: {token: {realm: %s, service: registry, issuer: tests, rootcertbundle: %s}}\n"
 
 
@@ -42,7 +43,7 @@ def program(name):
 class Registry(Command):
     """Debian's docker-registry."""
 
-    def __init__(self, world, protected=False, tokens=None, tls=None):
+    def __init__(self, world, protected=False, tokens=None, tls=None, tell=None):
         self.port = dead_port()
         folder = os.path.join(world.root, "registry")
         os.makedirs(folder)
@@ -50,7 +51,7 @@ class Registry(Command):
             file.write(PASSWORD + "\n")
         with open(os.path.join(folder, "config.yml"), "w") as file:
             file.write(CONFIG % (os.path.join(folder, "data"), self.port, ", tls: {certificate: %s, key: %s}" % tls if tls else "") + (AUTH % os.path.join(folder, "passwords") if protected else "")
-                       + (TOKENS % (tokens.url, tokens.certificate) if tokens else ""))
+                       + (TOKENS % (tokens.url, tokens.certificate) if tokens else "") + (EVENTS % tell if tell else ""))
         super().__init__(world, "registry", [program("docker-registry"), "serve", os.path.join(folder, "config.yml")])
         self.url = "%s://127.0.0.1:%d" % ("https" if tls else "http", self.port)
         wait_for(self._listens, 20, "the registry on port %d\n%s" % (self.port, self.output()))
