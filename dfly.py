@@ -376,6 +376,78 @@ def write_whole(path: str, data: bytes) -> None:
         temporary.release()
 
 
+class Metrics:
+    """The numbers of this process, for Prometheus: a counter ends in _total, what has a sum and a count is a summary, the rest is as
+    large as it is now.  _lock guards _counts."""
+
+    HELP = collections.OrderedDict((
+        ("dfly_requests_total", "Requests by call."),
+        ("dfly_tasks", "Tasks in memory."),
+        ("dfly_peers", "Clients of these tasks."),
+        ("dfly_tasks_ended_total", "Fetches from origins that have ended, by result."),
+        ("dfly_cache_total", "Tasks begun, by what the cache had: hit, part or miss."),
+        ("dfly_cache_checks_total", "Questions to origins whether a cached file is still theirs, by result."),
+        ("dfly_fetches", "Fetches from origins under way."),
+        ("dfly_fetches_waiting", "Fetches that wait for their turn."),
+        ("dfly_origin_bytes_total", "Bytes read from origins."),
+        ("dfly_sent_bytes_total", "Bytes of files sent to others."),
+        ("dfly_received_bytes_total", "Bytes that clients say they have got, by source."),
+        ("dfly_received_pieces_total", "Pieces that clients say they have got, by source."),
+        ("dfly_piece_failures_total", "Pieces that clients say they could not get, by why."),
+        ("dfly_isolations_total", "Holders left out for a while because of wrong bytes."),
+        ("dfly_scheduler_seconds", "Time to take in a client's reports and choose its next pieces."),
+        ("dfly_gc_files_total", "Files removed from the cache, by why."),
+        ("dfly_gc_bytes_total", "Bytes removed from the cache, by why."),
+        ("dfly_disk_free_bytes", "Free space where the cache is."),
+        ("dfly_preheats_total", "Preheats that have ended, by result."),
+        ("dfly_daemon_blobs_total", "Blobs served from the swarm."),
+        ("dfly_daemon_blob_bytes_total", "Bytes of these."),
+        ("dfly_daemon_fallbacks_total", "Blobs, or rests of blobs, that came straight from their origin instead."),
+        ("dfly_daemon_relayed_total", "Other requests passed on."),
+        ("dfly_daemon_tunnels_total", "Tunnels passed through."),
+        ("dfly_daemon_opened_total", "Tunnels opened with our CA."),
+        ("dfly_daemon_downloads", "Blobs under way."),
+        ("dfly_daemon_kept_blobs", "Blobs that are here."),
+        ("dfly_daemon_received_bytes_total", "Bytes of blobs received, by source."),
+        ("dfly_uploader_tasks", "Files that this host offers."),
+    ))
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts = collections.defaultdict(float)  # type: Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]
+
+    def add(self, name: str, value: float = 1, **labels: str) -> None:
+        """Count."""
+        with self._lock:
+            self._counts[name, tuple(sorted(labels.items()))] += value
+
+    def observe(self, name: str, seconds: float) -> None:
+        """Count something that took so long."""
+        with self._lock:
+            self._counts[name + "_sum", ()] += seconds
+            self._counts[name + "_count", ()] += 1
+
+    def text(self, *now: Tuple[str, float], calls: Optional[Dict[str, int]] = None) -> str:
+        """Return all in Prometheus' text form, with what is so `now`, as (name, value), and requests by call."""
+        with self._lock:
+            found = dict(self._counts)
+        found.update({(name, ()): value for name, value in now})
+        found.update({("dfly_requests_total", (("call", call),)): count for call, count in (calls or {}).items()})
+        lines = []
+        for name, about in self.HELP.items():
+            rows = [(key, labels, value) for (key, labels), value in sorted(found.items()) if key in (name, name + "_sum", name + "_count")]
+            if rows:
+                kind = "summary" if rows[0][0] != name else "counter" if name.endswith("_total") else "gauge"
+                lines += ["# HELP %s %s" % (name, about), "# TYPE %s %s" % (name, kind)]
+            for key, labels, value in rows:
+                shown = ",".join('%s="%s"' % (label, text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")) for label, text in labels)
+                lines.append("%s%s %s" % (key, "{%s}" % shown if shown else "", "%d" % value if value == int(value) else "%.6f" % value))
+        return "\n".join(lines) + "\n"
+
+
+METRICS = Metrics()
+
+
 class Log:
     """A log file in the form of dfget 1.0, rotated once at 40 MB.  _lock guards _fd and _size.  Wire: 8.6"""
 
@@ -1034,6 +1106,11 @@ class Response:
     def of_json(cls, data: Any, status: int = 200) -> "Response":
         """Return `data` as JSON."""
         return cls(status, _to_json(data).encode())
+
+    @classmethod
+    def of_metrics(cls, text: str) -> "Response":
+        """Return what Prometheus reads."""
+        return cls(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     @classmethod
     def of_error(cls, status: int, message: str) -> "Response":
@@ -3529,6 +3606,7 @@ class Scheduler:
     def __init__(self, up_slots: int = 3, seed_slots: int = 3, rng: Optional[random.Random] = None) -> None:
         self._up_slots, self._seed_slots = up_slots, seed_slots
         self._rng = rng or random.Random()
+        self.isolations = 0  # ever
         self._tasks = {}  # type: Dict[str, _Task]
         self._hosts = {}  # type: Dict[Any, _Host]
         self._woken = {}  # type: Dict[Tuple[str, str], None]
@@ -3762,6 +3840,7 @@ class Scheduler:
         if why == WRONG_BYTES and (accusers >= 2 or reports >= 3):
             self._suspend(holder, now, self.ISOLATE_S * 2 ** min(holder.isolations, 4))
             holder.isolations += 1
+            self.isolations += 1
         elif holder.suspended_until <= now and (why in (REFUSED, STALLED) or reports >= 6):
             # Many may say so at once, of many, when a switch or a tracker of connections is overrun: so a short while first
             holder.suspensions += 1
@@ -4174,6 +4253,73 @@ class Caching(NamedTuple):
             return None
 
 
+YOUNG_S = 7200.0  # how long a file is left alone while the disk is only getting full.  Wire: 10.4
+
+
+class Turns:
+    """Who may fetch: so many at once in all, and so many of one origin; among those that could, who has waited longest.
+
+    _changed guards everything with an underscore.
+    """
+
+    def __init__(self, most: int, most_each: int) -> None:
+        self._most, self._most_each = most, most_each
+        self._changed = threading.Condition()
+        self._running = collections.Counter()  # type: Dict[str, int]  # by origin
+        self._waiting = collections.OrderedDict()  # type: Dict[Any, str]  # tickets, the oldest first, and their origins
+
+    def take(self, origin: str, stopped: Callable[[], bool]) -> None:
+        """Wait for a turn at an origin (host and port); end it with `give`.  Raises Stalled when `stopped`."""
+        ticket = object()
+        with self._changed:
+            self._waiting[ticket] = origin
+            try:
+                while self._next_locked() is not ticket:
+                    if stopped():
+                        raise Stalled("stopped")
+                    self._changed.wait(1.0)
+                self._running[origin] += 1
+            finally:
+                del self._waiting[ticket]
+                self._changed.notify_all()  # there may be room for the next one, too
+
+    def _next_locked(self) -> Any:
+        if sum(self._running.values()) >= self._most:
+            return None
+        return next((ticket for ticket, origin in self._waiting.items() if self._running[origin] < self._most_each), None)
+
+    def give(self, origin: str) -> None:
+        """End a turn."""
+        with self._changed:
+            self._running[origin] -= 1
+            if not self._running[origin]:
+                del self._running[origin]
+            self._changed.notify_all()
+
+    def counts(self) -> Tuple[int, int]:
+        """Return how many fetch, and how many wait."""
+        with self._changed:
+            return sum(self._running.values()), len(self._waiting)
+
+
+class DiskRules(NamedTuple):
+    """How much of its disk a cache may take.  Sizes in bytes, 0: as its flag's help says."""
+
+    reserve: int = 0  # of the disk, left free
+    capacity: int = 0  # of all cached files
+    expire_s: float = 0.0  # after the last use
+    young: int = 0  # free space below which what has not been used for YOUNG_S goes
+    full: int = 0  # free space below which everything goes that is not in use
+
+    def why(self, unused_s: float, used: int, free: int) -> str:
+        """Return why a file goes that was not used for so long, "" if it stays; `used` and `free` bytes are on the disk."""
+        if self.capacity and used > self.capacity:
+            return "capacity"
+        if self.expire_s and unused_s > self.expire_s:
+            return "expired"
+        return "full" if free < self.full else "young" if free < self.young and unused_s > YOUNG_S else ""
+
+
 class CdnEvents:
     """What a CDN task tells its owner; called on the task's thread, without a lock."""
 
@@ -4264,7 +4410,9 @@ class CdnTask:
             self._cdn.log.warn("task %s: %s; what is here is served on", self.task_id, error)
             self._fresh_until = time.time() + self._cdn.retry_s
             return True
-        if not self._unchanged(self.store, reply):
+        same = self._unchanged(self.store, reply)
+        METRICS.add("dfly_cache_checks_total", result="same" if same else "changed")
+        if not same:
             return False
         self._note_caching(self.store, origin, reply)
         return True
@@ -4292,8 +4440,13 @@ class CdnTask:
     # -- on the task's thread ---------------------------------------------------
 
     def _run(self, origin: Origin) -> None:
+        place = urlsplit(origin.url).netloc.rpartition("@")[2].lower()
         try:
-            self._fetch(origin)
+            self._cdn.turns.take(place, lambda: self._stopping)
+            try:
+                self._fetch(origin)
+            finally:
+                self._cdn.turns.give(place)
             self._end(self.SUCCESS, None)
         except DflyError as error:
             self._end(self.FAILED, error)
@@ -4310,6 +4463,7 @@ class CdnTask:
     def _end(self, state: str, error: Optional[DflyError]) -> None:
         with self._lock:
             self.state, self.error, self.ended_at = state, error, time.monotonic()
+        METRICS.add("dfly_tasks_ended_total", result=state.lower())
         self._cdn.log.info("task %s %s: %s", self.task_id, state, error or self.url)
         self._events.on_end(self)
         self.settled.set()
@@ -4319,13 +4473,16 @@ class CdnTask:
             self._fill(origin, None)
             return
         kept = self._kept()
+        had = "miss" if not kept else "part" if kept.claimed != kept.layout.count else "hit"
         try:
             reply = self._ask(origin, kept)
         except DflyError:
             if kept:
                 kept.close()  # it is locked as long as it is open
             raise
-        if kept and (reply is None or self._unchanged(kept, reply)):
+        same = bool(kept and (reply is None or self._unchanged(kept, reply)))
+        METRICS.add("dfly_cache_total", result=had if same else "miss")
+        if kept and same:
             self._reuse(origin, kept, reply)
             return
         if kept:
@@ -4421,8 +4578,12 @@ class CdnTask:
         assert self.store
         store, start = self.store, self.origin_bytes
 
-        def on_piece(num: int) -> None:
+        def count() -> None:
+            METRICS.add("dfly_origin_bytes_total", start + filler.read_bytes - self.origin_bytes)
             self.origin_bytes = start + filler.read_bytes
+
+        def on_piece(num: int) -> None:
+            count()
             self._events.on_piece(self, num)
 
         filler = Filler(origin, store, self._cdn.bucket, on_piece, lambda: self._events.on_length(self), lambda: self._stopping)
@@ -4432,19 +4593,27 @@ class CdnTask:
             remove(store.journal)  # its first part is of no use to a later run
             raise
         finally:
-            self.origin_bytes = start + filler.read_bytes
+            count()
 
 
 class Cdn:
     """The cache folder of a supernode: where tasks lie, which may go.  _lock guards _tasks."""
 
-    def __init__(self, home: str, log: Log, bucket: TokenBucket, retry_s: float, reserve_bytes: int) -> None:
+    LOOK_S = 15.0  # between two looks at the disk.  Wire: 10.4
+
+    def __init__(self, home: str, log: Log, bucket: TokenBucket, retry_s: float, rules: DiskRules, turns: Turns) -> None:
         self.folder = make_folder(os.path.join(home, "repo", "download"))
         self.log, self.bucket = log, bucket
         self.retry_s = retry_s  # how long a failure stands before the origin is asked again
-        self.reserve = reserve_bytes  # of the disk, kept free
+        self.rules, self.turns = rules, turns
         self._lock = threading.Lock()
         self._tasks = {}  # type: Dict[str, CdnTask]
+        self._ended = threading.Event()
+        self._collector = threading.Thread(target=self._collect, name="dfly-gc", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look after the disk."""
+        self._collector.start()
 
     def task(self, task_id: str, url: str, events: CdnEvents) -> CdnTask:
         """Return the task of that id, made if it is new."""
@@ -4470,6 +4639,7 @@ class Cdn:
 
     def stop(self) -> None:
         """End all fetches, within two seconds."""
+        self._ended.set()
         with self._lock:
             tasks, self._tasks = list(self._tasks.values()), {}
         for task in tasks:  # all are told before any is waited for
@@ -4481,25 +4651,41 @@ class Cdn:
 
     @staticmethod
     def _used(task: CdnTask) -> None:
-        """Note on its file that a task was in use until now: many disks don't keep the time of a read.  Wire: 16 (24)"""
+        """Note on its file that a task was in use until now (many disks don't keep the time of a read), and let others have the
+        memory that its pages take.  Wire: 16 (24)"""
         try:
             os.utime(task.path)
+            fd = os.open(task.path, os.O_RDONLY)
         except OSError:  # it has none
+            return
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError:
             pass
+        finally:
+            os.close(fd)
 
     def _remove(self, path: str) -> None:
         remove(path + ".journal")
         remove(path)
 
-    def idle_files(self) -> List[Tuple[float, int, str]]:
-        """Return (last use, bytes, path) of every cached file that no task in memory uses, oldest use first."""
-        found = []
+    def _sacrifice(self, path: str, size: int, why: str) -> bool:
+        """Remove a file, unless a task has begun to use it meanwhile; return whether it is gone."""
         with self._lock:
-            active = set(self._tasks)
+            if os.path.basename(path) in self._tasks:
+                return False
+            self._remove(path)
+        METRICS.add("dfly_gc_files_total", why=why)
+        METRICS.add("dfly_gc_bytes_total", size, why=why)
+        self.log.info("cache: %s (%s) goes: %s", path, show_size(size), why)
+        return True
+
+    def _files(self) -> List[Tuple[float, int, str]]:
+        found = []
         for folder, _, names in os.walk(self.folder):
             for name in names:
                 path = os.path.join(folder, name)
-                if re.match(r"^[0-9a-f]{64}$", name) and name not in active:
+                if re.match(r"^[0-9a-f]{64}$", name):
                     try:
                         stat = os.stat(path)
                     except OSError:
@@ -4507,21 +4693,59 @@ class Cdn:
                     found.append((max(stat.st_atime, stat.st_mtime), stat.st_blocks * 512, path))
         return sorted(found)
 
-    def make_room(self, need: int, task_id: str) -> None:
-        """Remove the longest unused files until `need` bytes and the reserve are free.
+    def idle_files(self) -> List[Tuple[float, int, str]]:
+        """Return (last use, bytes, path) of every cached file that no task in memory uses, oldest use first."""
+        with self._lock:
+            active = set(self._tasks)
+        return [file for file in self._files() if os.path.basename(file[2]) not in active]
 
-        What the task itself has on disk counts as free.  Raises NoSpace when all that is not enough.
+    def _collect(self) -> None:
+        """The life of the thread that looks after the disk."""
+        while not self._ended.wait(self.LOOK_S):
+            try:
+                self.collect()
+            except (OSError, DflyError) as error:  # the disk's trouble is its own
+                self.log.warn("cache: %s", error)
+
+    def collect(self) -> None:
+        """Remove what is not in use and, by the rules for the disk, has to go; the longest unused first.  Wire: 10.4"""
+        used = sum(size for _, size, _ in self._files())
+        for used_at, size, path in self.idle_files():
+            why = self.rules.why(time.time() - used_at, used, free_bytes(self.folder))
+            if not why:
+                return  # those that follow were used later
+            if self._sacrifice(path, size, why):
+                used -= size
+
+    def _promised_locked(self, task_id: str) -> int:
+        """Return the bytes that other fetches will still write."""
+        stores = [task.store for task in self._tasks.values() if task.store and task.task_id != task_id and task.state == task.RUNNING]
+        return sum(max(0, (store.layout.length or 0) - store.kept_bytes) for store in stores)
+
+    def make_room(self, need: int, task_id: str) -> None:
+        """Remove the longest unused files until `need` bytes and the reserve are free, and all fits into the capacity.
+
+        What the task itself has on disk counts as free, what other fetches will still write does not.  Raises NoSpace when all that is
+        not enough.
         """
         own = os.path.join(self.folder, task_id[:3], task_id)
         have = os.stat(own).st_blocks * 512 if os.path.exists(own) else 0
+        with self._lock:
+            promised = self._promised_locked(task_id)
+        used = sum(size for _, size, _ in self._files()) - have + promised
+
+        def free() -> int:
+            return free_bytes(self.folder) + have - promised
+
         for _, size, path in self.idle_files():
-            if free_bytes(self.folder) + have >= need + self.reserve:
+            if free() >= need + self.rules.reserve and not (self.rules.capacity and used + need > self.rules.capacity):
                 return
-            self.log.info("cache: %s (%s) makes room", path, show_size(size))
-            self._remove(path)
-        free = free_bytes(self.folder) + have
-        if free < need:
-            raise NoSpace(self.folder, need, free)
+            if path != own and self._sacrifice(path, size, "room"):
+                used -= size
+        if free() < need:
+            raise NoSpace(self.folder, need, free())
+        if self.rules.capacity and used + need > self.rules.capacity:
+            raise NoSpace(self.folder, need, max(0, self.rules.capacity - used))
 
 
 # ==============================================================================
@@ -4662,6 +4886,7 @@ class Swarm(CdnEvents):
     def watch(self, api: Server, pieces: Server) -> None:
         """From now on wake what waits in these two servers, and look after tasks and clients."""
         self._api, self._pieces = api, pieces
+        self.cdn.start()
         api.later(TICK_S, self._tick)
         api.later(1.0, self._watch_peers)
         api.later(5.0, self._collect)
@@ -5206,6 +5431,7 @@ class Preheats:
             preheat.error = "internal error: %r" % error
         with self._lock:
             preheat.status, preheat.finished = preheat.FAILED if preheat.error else preheat.SUCCESS, time.time()
+        METRICS.add("dfly_preheats_total", result=preheat.status.lower())
         self._log.info("preheat %s %s: %s", preheat.number, preheat.status, preheat.error or preheat.url)
 
     def _bring_image(self, preheat: Preheat) -> None:
@@ -5648,9 +5874,11 @@ class Supernode:
                 task, peer = self._swarm.find(*self._swarm.lines.get(request.query_text, named))
             except NoSuchTask as error:
                 return Response.of_json({"code": UNKNOWN_TARGET, "msg": str(error)})
+            began = time.perf_counter()
             with self._swarm.lock:
                 peer.turn += 1
                 self._sync_reports_locked(task, peer, data)
+            METRICS.observe("dfly_scheduler_seconds", time.perf_counter() - began)
             wait = self._number(data, "wait", 0, SYNC_WAIT_S, SYNC_WAIT_S)
             state.update(task=task, peer=peer, turn=peer.turn, until=self._clock() + wait)
             if peer.parked:
@@ -5702,14 +5930,17 @@ class Supernode:
             for num, holder, seconds, size in done:
                 if not 0 <= int(num) <= most:
                     raise ValueError(num)
-                scheduler.done(task.task_id, peer.cid, int(num), now, holder=task.holder(holder),
-                               seconds=min(max(1e-6, float(seconds)), 3600.0), nbytes=min(max(0, int(size)), MAX_PIECE))
+                source, nbytes = task.holder(holder), min(max(0, int(size)), MAX_PIECE)
+                scheduler.done(task.task_id, peer.cid, int(num), now, holder=source, seconds=min(max(1e-6, float(seconds)), 3600.0), nbytes=nbytes)
+                METRICS.add("dfly_received_bytes_total", nbytes, source="supernode" if source == SEED else "peer")
+                METRICS.add("dfly_received_pieces_total", source="supernode" if source == SEED else "peer")
             for num in data.get("soon", []):
                 scheduler.soon(task.task_id, peer.cid, int(num), now)
             for num, holder, why in failed:
                 if not 0 <= int(num) <= most:
                     raise ValueError(num)
                 scheduler.failed(task.task_id, peer.cid, int(num), task.holder(holder), str(why)[:20], now)
+                METRICS.add("dfly_piece_failures_total", why=str(why) if why in (REFUSED, STALLED, WRONG_BYTES, GONE) else OTHER)
         except (TypeError, ValueError, OverflowError) as error:
             raise BadRequest("done, failed or have: %.80s" % error)
         scheduler.request(task.task_id, peer.cid, slots, now, queue=ahead)
@@ -5890,14 +6121,14 @@ class Supernode:
     def metrics(self, _request: Request) -> Response:
         """GET /metrics, for Prometheus."""
         assert self._api and self._pieces
+        cdn = self._swarm.cdn
         with self._swarm.lock:
-            rows = [("dfly_tasks", "", len(self._swarm.tasks)),
-                    ("dfly_peers", "", sum(len(task.peers) for task in self._swarm.tasks.values())),
-                    ("dfly_origin_bytes", "", sum(task.cdn.origin_bytes for task in self._swarm.tasks.values())),
-                    ("dfly_piece_bytes_sent", "", self._pieces.sent_bytes)]
-            rows += [("dfly_requests", '{call="%s"}' % name, count) for name, count in sorted(self._api.requests.items())]
-        return Response(200, "".join("%s%s %d\n" % row for row in rows).encode(), "text/plain; version=0.0.4")
-
+            tasks, peers = len(self._swarm.tasks), sum(len(task.peers) for task in self._swarm.tasks.values())
+        running, waiting = cdn.turns.counts()
+        return Response.of_metrics(METRICS.text(
+            ("dfly_tasks", tasks), ("dfly_peers", peers), ("dfly_fetches", running), ("dfly_fetches_waiting", waiting),
+            ("dfly_sent_bytes_total", self._pieces.sent_bytes),
+            ("dfly_isolations_total", self._swarm.scheduler.isolations), ("dfly_disk_free_bytes", free_bytes(cdn.folder)), calls=self._api.requests))
 
 
 # ==============================================================================
@@ -5931,6 +6162,7 @@ class Uploader:
         Route("GET", "/check/", "check"),              # Wire: 7.2
         Route("GET", "/rate/", "rate"),                # Wire: 7.3
         Route("GET", "/client/finish", "old_finish"),  # Wire: 7.4
+        Route("GET", "/metrics", "metrics"),
     )
     CONTROL_ROUTES = (
         Route("POST", "/adopt", "adopt"),
@@ -5953,10 +6185,12 @@ class Uploader:
         self._total = total_limit
         self._farewells = []  # type: List[threading.Thread]  # that are telling supernodes
         self.port = 0
+        self._public = None  # type: Optional[Server]
         self.ended = threading.Event()  # time to go
 
     def serve(self, public: Server, control: Server) -> None:
         """Begin to answer on the port and on the socket file."""
+        self._public = public
         self.port = public.address[1]
         control.later(1.0, lambda: self._tick(control))
         public.start()
@@ -6069,6 +6303,14 @@ class Uploader:
         return Response(200, b"success", "text/plain")
 
     # -- this host's downloads ----------------------------------------------------
+
+    def metrics(self, _request: Request) -> Response:
+        """GET /metrics, for Prometheus."""
+        assert self._public
+        with self._lock:
+            tasks = len(self._tasks)
+        return Response.of_metrics(METRICS.text(("dfly_uploader_tasks", tasks), ("dfly_sent_bytes_total", self._public.sent_bytes),
+                                                calls=self._public.requests))
 
     def control_ping(self, _request: Request) -> Response:
         """GET /ping: where the public port is, and which program this is."""
@@ -8257,6 +8499,8 @@ class Blobs:
                       show_shares(sources), error and "; " + error)
         with self._lock:
             self.sources.update(sources)
+            for kind, size in sources.items():
+                METRICS.add("dfly_daemon_received_bytes_total", size, source=kind)
             self.recent.append({"blob": blob.name, "at": round(time.time(), 3), "bytes": count, "seconds": round(seconds, 3),
                                 "sources": sources, "kept": download.kept, "error": error})
 
@@ -8777,9 +9021,8 @@ class Daemon:
         """GET /metrics: what has been done, in Prometheus' form."""
         running, kept = self._blobs.counts()
         with self._lock:
-            lines = ["dfly_daemon_%s_total %d" % (name, self._counts[name]) for name in self.COUNTED]
-        lines += ["dfly_daemon_downloads %d" % running, "dfly_daemon_kept_blobs %d" % kept]
-        return Response(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
+            counts = [("dfly_daemon_%s_total" % name, float(self._counts[name])) for name in self.COUNTED]
+        return Response.of_metrics(METRICS.text(("dfly_daemon_downloads", running), ("dfly_daemon_kept_blobs", kept), *counts))
 
 
 # ==============================================================================
@@ -9289,8 +9532,16 @@ def supernode_parser() -> Any:
           help="whose clients may name another address for others than the one they call from (127.0.0.0/8, ::1)")
     _flag(parser, "--registry-auth", type=_accounts, default="", metavar="HOST=USER:PASSWORD,…",
           help="accounts with which to preheat what registries say was pushed to them")
+    _flag(parser, "--fetches", type=_positive, default=32, metavar="N", help="fetches from origins at once (32)")
+    _flag(parser, "--origin-fetches", type=_positive, default=8, metavar="N", help="... from one of them (8)")
     _flag(parser, "--disk-reserve", type=parse_size, default=0, metavar="SIZE", help="free space that the cache leaves (0)")
-    for name in ("--peer-gc-delay", "--gc-initial-delay", "--gc-meta-interval", "--gc-disk-interval", "--young-gc-threshold", "--full-gc-threshold"):
+    _flag(parser, "--capacity", type=parse_size, default=0, metavar="SIZE", help="what all cached files may take (no limit)")
+    _flag(parser, "--cache-expire-time", type=parse_duration, default=0.0, metavar="TIME", help="a cached file goes so long after its last use (never)")
+    _flag(parser, "--young-gc-threshold", type=parse_size, default=None, metavar="SIZE",
+          help="with less free space, files unused for 2 h go (100G, or a quarter of a smaller disk)")
+    _flag(parser, "--full-gc-threshold", type=parse_size, default=None, metavar="SIZE",
+          help="with less free space, all go that are not in use (5G, or a twentieth of a smaller disk)")
+    for name in ("--peer-gc-delay", "--gc-initial-delay", "--gc-meta-interval", "--gc-disk-interval"):
         _flag(parser, name, default="", metavar="X", help="accepted for compatibility")
     _flag(parser, "--cdn-pattern", choices=("local", "cdn"), default="local", help="accepted for compatibility")
     _flag(parser, "-D", "--debug", action="store_true", help="keep debug lines in the log")
@@ -9329,6 +9580,15 @@ def many_descriptors() -> None:
             pass
 
 
+def _disk_rules(options: Any) -> DiskRules:
+    """Return the rules for the disk of a cache, as far as they are not given made for its size.  Wire: 10.4"""
+    stat = os.statvfs(options.home)
+    whole = stat.f_blocks * stat.f_frsize
+    young, full = options.young_gc_threshold, options.full_gc_threshold
+    return DiskRules(options.disk_reserve, options.capacity, options.cache_expire_time,
+                     min(100 << 30, whole // 4) if young is None else young, min(5 << 30, whole // 20) if full is None else full)
+
+
 def run_supernode(arguments: List[str]) -> int:
     """`supernode`: serve until a signal comes."""
     options = _parse(supernode_parser(), "supernode", arguments)
@@ -9339,7 +9599,7 @@ def run_supernode(arguments: List[str]) -> int:
     if not lock.acquire(2.0):
         raise CannotWrite("%s: another supernode uses this home" % options.home)
     rate = max(1, options.max_bandwidth - options.system_bandwidth) if options.max_bandwidth else 0
-    cdn = Cdn(options.home, log, TokenBucket(rate), options.fail_access_interval, options.disk_reserve)
+    cdn = Cdn(options.home, log, TokenBucket(rate), options.fail_access_interval, _disk_rules(options), Turns(options.fetches, options.origin_fetches))
     scheduler = Scheduler(up_slots=options.up_limit, seed_slots=options.seed_limit)
     ip = options.advertise_ip or first_address()
     swarm = Swarm(ip, log, scheduler, cdn, options.task_expire_time, time.monotonic)

@@ -293,7 +293,7 @@ class Supernode(Command):
 
     def bytes_sent(self) -> int:
         """Piece bytes that this supernode has sent."""
-        return int(self.metrics()["dfly_piece_bytes_sent"])
+        return int(self.metrics()["dfly_sent_bytes_total"])
 
 
 class Daemon(Command):

@@ -229,7 +229,7 @@ class Load:
 
 def syncs(node):
     """How many syncs the supernode has begun to serve."""
-    return int(node.metrics().get('dfly_requests{call="sync"}', 0))
+    return int(node.metrics().get('dfly_requests_total{call="sync"}', 0))
 
 
 def measure(node, load, seconds):

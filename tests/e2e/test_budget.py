@@ -76,7 +76,7 @@ def generated(world, blob):
 
 def control_requests(node):
     """What the supernode has been asked until now, by this test excepted."""
-    return sum(count for name, count in node.metrics().items() if name.startswith("dfly_requests{") and name != 'dfly_requests{call="metrics"}')
+    return sum(count for name, count in node.metrics().items() if name.startswith("dfly_requests_total{") and name != 'dfly_requests_total{call="metrics"}')
 
 
 def peak(pid, before=0):

@@ -88,7 +88,7 @@ def test_a_file_is_served_until_it_expires_and_then_dropped(origin, supernode, h
 
 def down_calls(node):
     """How many times uploaders told the supernode that they serve a task no more."""
-    return sum(int(v) for k, v in node.metrics().items() if "down" in k and k.startswith("dfly_requests{"))
+    return sum(int(v) for k, v in node.metrics().items() if "down" in k and k.startswith("dfly_requests_total{"))
 
 
 def test_an_uploader_that_is_told_to_end_tells_the_supernode(origin, supernode, host, blob):

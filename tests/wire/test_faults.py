@@ -450,7 +450,7 @@ def test_the_longest_unused_file_makes_room_first(supernode, host, origin, blob)
         home = node.home
         node.stop()
     log = dfly.Log()
-    cdn = dfly.Cdn(home, log, dfly.TokenBucket(), 5.0, 0)
+    cdn = dfly.Cdn(home, log, dfly.TokenBucket(), 5.0, dfly.DiskRules(), dfly.Turns(1, 1))
     assert [os.path.basename(path) for _used, _size, path in cdn.idle_files()] == [dfly.task_id_of(origin.base + name) for name in ("b", "a")]
     log.close()
 
@@ -472,7 +472,7 @@ def test_a_task_does_not_expire_under_a_client(supernode, host, origin, blob):
     node = supernode("--task-expire-time", "1s")
     result = host().get(origin.put("f.bin", data), "-s", "300K", "--notbs", check=data)
     assert result.reason == 0 and "migrated" not in result.out and result.seconds > 6
-    assert node.metrics()['dfly_requests{call="register"}'] == 1
+    assert node.metrics()['dfly_requests_total{call="register"}'] == 1
 
 
 def test_failures_are_told_in_one_form_and_in_plain_words(supernode, hand, origin, blob):
