@@ -2017,7 +2017,7 @@ class Reply:
     def _read_inflated(self, view: Any) -> int:
         data = self.stream.decompress(self.stream.unconsumed_tail, len(view))
         if not data:
-            if self.stream.eof:
+            if self.stream.eof or not self.left:
                 raise zlib.error("shorter than what it was made from")
             part = memoryview(bytearray(min(len(view), 65536)))
             data = self.stream.decompress(part[:self._read_raw(part)], len(view))
@@ -6447,7 +6447,7 @@ class Fetchers:
         head, expected = 0 if order.plain else 4, self._length_of(order)
         total = expected if order.plain else expected + WRAP
         frame, got, began = b"", 0, time.monotonic()
-        if reply.headers.get("content-encoding", "") == "deflate":
+        if reply.headers.get("content-encoding", "") == "deflate" and not order.plain:
             reply.inflate(total)
         while got < total:
             count = min(CHUNK, total - got)
