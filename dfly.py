@@ -1018,7 +1018,8 @@ def pays(ratio: float, pace: float, rate: float, size: int) -> bool:
 
 
 class Squeezer:
-    """Compresses the pieces that a sample says it pays for, each once.  _lock guards everything with an underscore."""
+    """Compresses the pieces that a sample says it pays for, each once; a piece is known by its head on the wire and its digest.
+    _lock guards everything with an underscore."""
 
     PACE = 50e6  # bytes/s that are believed of this machine at first
     SAMPLE = 8 << 10  # bytes taken at each quarter of a piece
@@ -1035,21 +1036,21 @@ class Squeezer:
         self._pace = self.PACE  # bytes/s, averaged
         self._ratios = collections.OrderedDict()  # type: collections.OrderedDict  # by task: how far the last piece shrank,
         self._plain = {}  # type: Dict[str, int]  # and how many go unseen before the next look
-        self._kept = collections.OrderedDict()  # type: collections.OrderedDict  # compressed pieces by digest, the longest unused first
+        self._kept = collections.OrderedDict()  # type: collections.OrderedDict  # compressed pieces, the longest unused first
         self._kept_bytes = 0
-        self._making = {}  # type: Dict[str, threading.Event]  # pieces being compressed
+        self._making = {}  # type: Dict[Tuple[bytes, str], threading.Event]  # pieces being compressed
         self.samples = 0
         self.saved_bytes = 0  # of all that went compressed
 
-    def kept(self, seal: Seal) -> Optional[bytes]:
+    def kept(self, head: bytes, seal: Seal) -> Optional[bytes]:
         """Return a piece that is compressed already; None else."""
         with self._lock:
-            return self._kept_locked(seal)
+            return self._kept_locked(head, seal)
 
-    def _kept_locked(self, seal: Seal) -> Optional[bytes]:
-        packed = self._kept.get(seal.sha256)
+    def _kept_locked(self, head: bytes, seal: Seal) -> Optional[bytes]:
+        packed = self._kept.get((head, seal.sha256))
         if packed is not None:
-            self._kept.move_to_end(seal.sha256)
+            self._kept.move_to_end((head, seal.sha256))
             self.saved_bytes += seal.length - len(packed)
         return packed
 
@@ -1060,37 +1061,40 @@ class Squeezer:
                 self._plain[task] -= 1
                 return False
             ratio = self._ratios.get(task, 1.0)
-            return pays(ratio if ratio < 0.8 else 0.1, self._pace, rate, seal.length)
+            worth = pays(ratio if ratio < 0.8 else 0.1, self._pace, rate, seal.length)
+            if not worth and self._pace < self.PACE:  # some other work may have made it slow: try again, in time
+                self._pace += 0.02 * (self.PACE - self._pace)
+            return worth
 
     def pack(self, task: str, seal: Seal, parts: List[Any], rate: int) -> Optional[bytes]:
         """Return a wrapped piece compressed; None where that does not pay, all processors are at it, or the piece is not what its seal
-        says.  `parts`: bytes, and (fd, offset, length) of its plain bytes.  Raises OSError."""
+        says.  `parts`: its head, (fd, offset, length) of its plain bytes, its tail.  Raises OSError."""
+        key = parts[0], seal.sha256
         with self._lock:
-            packed, making = self._kept_locked(seal), self._making.get(seal.sha256)
+            packed, making = self._kept_locked(parts[0], seal), self._making.get(key)
             if packed is not None or not making and self._running >= self._most:
                 return packed
             if not making:
                 self._running += 1
-                ours = self._making[seal.sha256] = threading.Event()
+                ours = self._making[key] = threading.Event()
         if making:
             making.wait(self.WAIT_S)
-            return self.kept(seal)
+            return self.kept(parts[0], seal)
         try:
             packed = self._pack(task, seal, parts, rate)
             return packed
         finally:
             with self._lock:
                 self._running -= 1
-                del self._making[seal.sha256]
-                self._keep_locked(seal, packed)
+                del self._making[key]
+                if packed is not None:
+                    self.saved_bytes += seal.length - len(packed)
+                    self._keep_locked(key, packed)
             ours.set()
 
-    def _keep_locked(self, seal: Seal, packed: Optional[bytes]) -> None:
-        if packed is None:
-            return
-        self._kept[seal.sha256] = packed
+    def _keep_locked(self, key: Tuple[bytes, str], packed: bytes) -> None:
+        self._kept[key] = packed
         self._kept_bytes += len(packed)
-        self.saved_bytes += seal.length - len(packed)
         while self._kept_bytes > self._most_bytes:
             self._kept_bytes -= len(self._kept.popitem(last=False)[1])
 
@@ -1120,13 +1124,13 @@ class Squeezer:
                 data = os.pread(fd, min(self.SAMPLE, length), offset + min(length * quarter // 4, max(0, length - self.SAMPLE)))
                 before, after = before + len(data), after + len(stream.compress(data))
         after += len(stream.flush())
-        self.samples += 1
         self._note(task, after / max(1, before), 0.0)
         return after / max(1, before)
 
     def _note(self, task: str, ratio: float, pace: float) -> None:
-        """Remember how far the last piece of a task shrank, and how fast, if that was measured."""
+        """Remember how far the last piece of a task, or a sample of it (`pace` 0), shrank, and how fast."""
         with self._lock:
+            self.samples += not pace
             self._pace += 0.2 * (pace - self._pace) if pace else 0.0
             self._ratios[task] = ratio
             self._ratios.move_to_end(task)
@@ -1830,7 +1834,7 @@ def squeezed(request: Request, plain: Response, squeezer: Optional[Squeezer], ta
     accepts = _ACCEPTS.match(request.headers.get(DFLY_HEADER, ""))
     if not squeezer or not seal or not accepts or request.headers.get("accept-encoding", "") != "deflate" or request.method != "GET":
         return plain
-    found, the_squeezer, the_seal, rate = squeezer.kept(seal), squeezer, seal, int(accepts.group(1))
+    found, the_squeezer, the_seal, rate = squeezer.kept(plain.segments[0], seal), squeezer, seal, int(accepts.group(1))
     if found is not None:
         return _deflated(plain, found)
     if not squeezer.promising(task, seal, rate):
@@ -6250,7 +6254,8 @@ class Order(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of an order; `error` is None when the piece is here."""
+    """What became of an order; `error` is None when the piece is here.  `length` counts plain bytes, since who schedules asks how
+    soon pieces are there, not how."""
 
     order: Order
     seconds: float
@@ -9300,7 +9305,8 @@ def _from_dfget_flags(flags: List[str]) -> List[str]:
     parser = get_parser("dfget_flags")
     given, arguments = parser.parse_args([str(flag) for flag in flags]), []
     for name, flag in (("ip", "--ip"), ("port", "--peerport"), ("expiretime", "--expiretime"), ("filter", "--urlfilter"), ("locallimit", "--ratelimit"),
-                       ("totallimit", "--ratelimit"), ("callsystem", "--callsystem"), ("home", "--home"), ("location", "--location")):
+                       ("totallimit", "--ratelimit"), ("callsystem", "--callsystem"), ("home", "--home"), ("location", "--location"),
+                       ("compress", "--compress")):
         if getattr(given, name) != parser.get_default(name):
             arguments += [flag, str(getattr(given, name))]
     if given.nodes != parse_nodes(parser.get_default("nodes")):

@@ -104,10 +104,10 @@ def squeezer(most_bytes=1 << 20, processors=2):
 
 def test_a_piece_that_shrinks_is_compressed_once(piece):
     text, squeeze = piece(TEXT), squeezer()
-    assert squeeze.kept(text.seal) is None and squeeze.promising("t", text.seal, 10 ** 6)
+    assert squeeze.kept(b"head", text.seal) is None and squeeze.promising("t", text.seal, 10 ** 6)
     packed = squeeze.pack("t", text.seal, text.parts, 10 ** 6)
     assert zlib.decompress(packed) == text.wrapped and len(packed) < 0.5 * SIZE
-    assert squeeze.kept(text.seal) is packed and squeeze.pack("t", text.seal, text.parts, 10 ** 6) is packed
+    assert squeeze.kept(b"head", text.seal) is packed and squeeze.pack("t", text.seal, text.parts, 10 ** 6) is packed
     assert squeeze.samples == 1 and squeeze.saved_bytes == 3 * (SIZE - len(packed))
 
 
@@ -131,6 +131,15 @@ def test_nothing_is_read_for_a_link_that_is_too_fast(piece):
     assert not squeeze.promising("t", text.seal, 10 ** 9) and squeeze.samples == 0
 
 
+def test_a_machine_that_was_slow_for_a_while_is_tried_again(piece):
+    text, squeeze = piece(TEXT), squeezer()
+    squeeze._clock.step = 1.0  # seconds for a piece
+    for _ in range(30):
+        squeeze.pack("t", piece(TEXT + os.urandom(4)).seal, text.parts, 10 ** 6)
+    assert not squeeze.promising("t", text.seal, 10 ** 6)
+    assert any(squeeze.promising("t", text.seal, 10 ** 6) for _ in range(200))
+
+
 def test_all_processors_busy_means_plain_but_for_who_waits_for_the_same_piece(piece, monkeypatch):
     text, other, squeeze = piece(TEXT), piece(TEXT[::-1]), squeezer(processors=1)
     begun, go, found = threading.Event(), threading.Event(), []
@@ -145,7 +154,7 @@ def test_all_processors_busy_means_plain_but_for_who_waits_for_the_same_piece(pi
     threads[0].start()
     assert begun.wait(20)
     assert squeeze.pack("t", other.seal, other.parts, 10 ** 6) is None
-    monkeypatch.setattr(squeeze._making[text.seal.sha256], "wait", lambda _limit_s: go.set() or threads[0].join(20))
+    monkeypatch.setattr(squeeze._making[b"head", text.seal.sha256], "wait", lambda _limit_s: go.set() or threads[0].join(20))
     threads[1].start()
     for thread in threads:
         thread.join(20)
@@ -156,7 +165,7 @@ def test_compressed_pieces_take_no_more_memory_than_they_may(piece):
     squeeze, pieces = squeezer(most_bytes=200 << 10), [piece(TEXT[i:] + TEXT[:i]) for i in range(0, 20000, 2000)]
     for each in pieces:
         assert squeeze.pack("t", each.seal, each.parts, 10 ** 6)
-    kept = [squeeze.kept(each.seal) for each in pieces]
+    kept = [squeeze.kept(b"head", each.seal) for each in pieces]
     assert sum(len(packed) for packed in kept if packed) <= 200 << 10
     assert kept[-1] is not None and kept[0] is None
 
@@ -165,7 +174,7 @@ def test_a_piece_that_is_damaged_on_the_disk_is_never_kept(piece):
     text, squeeze = piece(TEXT), squeezer()
     with open(text.path, "r+b") as file:
         file.write(b"X")
-    assert squeeze.pack("t", text.seal, text.parts, 10 ** 6) is None and squeeze.kept(text.seal) is None
+    assert squeeze.pack("t", text.seal, text.parts, 10 ** 6) is None and squeeze.kept(b"head", text.seal) is None
 
 
 # -- on the wire ---------------------------------------------------------------------------------------
