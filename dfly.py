@@ -18,7 +18,7 @@ The map:
      2. Units and files sizes, rates, durations; atomic writes, locks, log lines
      3. Settings        /etc/dragonfly.conf under the flags; the list of supernodes
      4. Pieces          layout arithmetic, the 4+1 byte wrapper, digests
-     5. Rate limits     token buckets
+     5. Rates           limits, what a link does, and where compression pays
      6. HTTP server     event-driven: parks what waits, sends files as they lie
      7. HTTP client     kept-alive connections that read into a buffer
      8. Store           a task's bytes on disk and the journal that says which of them are true
@@ -107,7 +107,8 @@ REASON_SOURCE, REASON_USER = 10, 100
 REASON_NO_SOURCE = 1000  # added when the origin was not allowed
 
 #: The header by which our programs know each other; an old party ignores it, and without it we say nothing new.
-#: Requests carry "1 <site/rack>", a supernode's piece answers carry "sha256:<hex>" of the plain piece.
+#: Requests carry "1 <site/rack>", those for pieces "1 rate=<bytes/s>" where a deflated answer may pay (they accept that encoding, too);
+#: a supernode's piece answers carry "sha256:<hex>" of the plain piece.
 DFLY_HEADER = "x-dfly"
 
 #: Largest body that is read at all, in bytes: a sync with 700 reports is 40 KB, a register with CAs 200 KB.
@@ -391,6 +392,7 @@ class Metrics:
         ("dfly_fetches_waiting", "Fetches that wait for their turn."),
         ("dfly_origin_bytes_total", "Bytes read from origins."),
         ("dfly_sent_bytes_total", "Bytes of files sent to others."),
+        ("dfly_saved_bytes_total", "Bytes that did not have to be sent, since pieces went compressed."),
         ("dfly_received_bytes_total", "Bytes that clients say they have got, by source."),
         ("dfly_received_pieces_total", "Pieces that clients say they have got, by source."),
         ("dfly_piece_failures_total", "Pieces that clients say they could not get, by why."),
@@ -982,8 +984,9 @@ def task_id_of(task_url: str, md5: str = "", identifier: str = "", range_header:
 
 
 # ==============================================================================
-# 5. Rate limits
-#    One kind of bucket for a download, a host and a server.
+# 5. Rates
+#    One kind of bucket for the limits of a download, a host and a server; what a
+#    link does; and which pieces it pays to compress for it.
 # ==============================================================================
 
 
@@ -1036,6 +1039,179 @@ class TokenBucket:
             if not delay:
                 return self.spend(count)
             self._sleep(min(delay, 0.5))  # in steps, since the rate may be raised meanwhile
+
+
+class Meter:
+    """How fast bytes come while any are awaited: those of the last two seconds spent inside a `with` block of it, by any
+    number of threads.  _lock guards everything with an underscore."""
+
+    LEAST_S, MOST_S = 0.25, 2.0  # what comes first is the kernels' buffers
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lock = threading.Lock()
+        self._clock = clock
+        self._at, self._waiting = 0.0, 0  # up to when it has measured, and how many threads await bytes
+        self._bytes, self._seconds = 0.0, 0.0
+
+    def __enter__(self) -> None:
+        self._step(0, 1)
+
+    def __exit__(self, *_: Any) -> None:
+        self._step(0, -1)
+
+    def add(self, count: int) -> None:
+        """Note bytes that have come."""
+        self._step(count, 0)
+
+    def _step(self, count: int, more: int) -> None:
+        with self._lock:
+            now = self._clock()
+            if self._waiting:
+                self._seconds += now - self._at
+            self._at, self._waiting, self._bytes = now, self._waiting + more, self._bytes + count
+            if self._seconds > self.MOST_S:
+                self._bytes, self._seconds = self._bytes / 2, self._seconds / 2
+
+    @property
+    def rate(self) -> int:
+        """Bytes a second; 0 while that is not known."""
+        with self._lock:
+            return int(self._bytes / self._seconds) if self._seconds > self.LEAST_S else 0
+
+
+#: zlib's level 1 hardly does more on one processor: nobody who receives as many bytes a second asks for it.
+FASTEST_DEFLATE = 32 << 20
+
+
+def pays(ratio: float, pace: float, rate: float, size: int) -> bool:
+    """Return whether to compress a piece of `size` bytes to `ratio` of that, at `pace` bytes/s, for a link of `rate` bytes/s.
+
+    It does if that takes half the time that it saves at most (processors have other work, and what is measured is never
+    exact), and no second in which the receiver hears nothing; for less than a packet or two it doesn't matter.
+    """
+    return ratio < 0.8 and rate / pace < (1 - ratio) / 2 and 4096 <= size < pace
+
+
+class Squeezer:
+    """Compresses the pieces that a sample says it pays for, each once; a piece is known by its head on the wire and its digest.
+    _lock guards everything with an underscore."""
+
+    PACE = 50e6  # bytes/s that are believed of this machine at first
+    SAMPLE = 8 << 10  # bytes taken at each quarter of a piece
+    PLAIN = 15  # pieces that go as they are, unseen, behind one that does not shrink
+    TASKS = 1000  # whose ratio is remembered
+    WAIT_S = 2.0  # for another thread to compress the same piece
+
+    def __init__(self, most_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lock = threading.Lock()
+        self._clock = clock
+        self._most_bytes = most_bytes  # of compressed pieces kept
+        self._most = os.cpu_count() or 1  # pieces compressed at once
+        self._running = 0
+        self._pace = self.PACE  # bytes/s, averaged
+        self._ratios = collections.OrderedDict()  # type: collections.OrderedDict  # by task: how far the last piece shrank,
+        self._plain = {}  # type: Dict[str, int]  # and how many go unseen before the next look
+        self._kept = collections.OrderedDict()  # type: collections.OrderedDict  # compressed pieces, the longest unused first
+        self._kept_bytes = 0
+        self._making = {}  # type: Dict[Tuple[bytes, str], threading.Event]  # pieces being compressed
+        self.samples = 0
+        self.saved_bytes = 0  # of all that went compressed
+
+    def kept(self, head: bytes, seal: Seal) -> Optional[bytes]:
+        """Return a piece that is compressed already; None else."""
+        with self._lock:
+            return self._kept_locked(head, seal)
+
+    def _kept_locked(self, head: bytes, seal: Seal) -> Optional[bytes]:
+        packed = self._kept.get((head, seal.sha256))
+        if packed is not None:
+            self._kept.move_to_end((head, seal.sha256))
+            self.saved_bytes += seal.length - len(packed)
+        return packed
+
+    def promising(self, task: str, seal: Seal, rate: int) -> bool:
+        """Return whether a piece of a task may be worth `pack`; quick, and to be asked once for each."""
+        with self._lock:
+            if self._plain.get(task):
+                self._plain[task] -= 1
+                return False
+            ratio = self._ratios.get(task, 1.0)
+            worth = pays(ratio if ratio < 0.8 else 0.1, self._pace, rate, seal.length)
+            if not worth and self._pace < self.PACE:  # some other work may have made it slow: try again, in time
+                self._pace += 0.02 * (self.PACE - self._pace)
+            return worth
+
+    def pack(self, task: str, seal: Seal, parts: List[Any], rate: int) -> Optional[bytes]:
+        """Return a wrapped piece compressed; None where that does not pay, all processors are at it, or the piece is not what its seal
+        says.  `parts`: its head, (fd, offset, length) of its plain bytes, its tail.  Raises OSError."""
+        key = parts[0], seal.sha256
+        with self._lock:
+            packed, making = self._kept_locked(parts[0], seal), self._making.get(key)
+            if packed is not None or not making and self._running >= self._most:
+                return packed
+            if not making:
+                self._running += 1
+                ours = self._making[key] = threading.Event()
+        if making:
+            making.wait(self.WAIT_S)
+            return self.kept(parts[0], seal)
+        try:
+            packed = self._pack(task, seal, parts, rate)
+            return packed
+        finally:
+            with self._lock:
+                self._running -= 1
+                del self._making[key]
+                if packed is not None:
+                    self.saved_bytes += seal.length - len(packed)
+                    self._keep_locked(key, packed)
+            ours.set()
+
+    def _keep_locked(self, key: Tuple[bytes, str], packed: bytes) -> None:
+        self._kept[key] = packed
+        self._kept_bytes += len(packed)
+        while self._kept_bytes > self._most_bytes:
+            self._kept_bytes -= len(self._kept.popitem(last=False)[1])
+
+    def _pack(self, task: str, seal: Seal, parts: List[Any], rate: int) -> Optional[bytes]:
+        with self._lock:
+            ratio, pace = self._ratios.get(task, 1.0), self._pace
+        if ratio >= 0.8:
+            ratio = self._sample(task, parts)
+        if not pays(ratio, pace, rate, seal.length):
+            return None
+        began, digest, stream, packed = self._clock(), hashlib.sha256(), zlib.compressobj(1), []
+        for part in parts:
+            for data in read_fd(*part) if isinstance(part, tuple) else (part,):
+                packed.append(stream.compress(data))
+                if isinstance(part, tuple):
+                    digest.update(data)
+        packed.append(stream.flush())
+        whole = b"".join(packed)
+        self._note(task, len(whole) / max(1, seal.length), seal.length / max(self._clock() - began, 1e-6))
+        return whole if len(whole) < 0.8 * seal.length and digest.hexdigest() == seal.sha256 else None
+
+    def _sample(self, task: str, parts: List[Any]) -> float:
+        """Return, and note, how far some bytes of a piece shrink, taken from all over it: the beginning may be a head unlike the rest."""
+        stream, before, after = zlib.compressobj(1), 0, 0
+        for fd, offset, length in [part for part in parts if isinstance(part, tuple)]:
+            for quarter in (1, 2, 3):
+                data = os.pread(fd, min(self.SAMPLE, length), offset + min(length * quarter // 4, max(0, length - self.SAMPLE)))
+                before, after = before + len(data), after + len(stream.compress(data))
+        after += len(stream.flush())
+        self._note(task, after / max(1, before), 0.0)
+        return after / max(1, before)
+
+    def _note(self, task: str, ratio: float, pace: float) -> None:
+        """Remember how far the last piece of a task, or a sample of it (`pace` 0), shrank, and how fast."""
+        with self._lock:
+            self.samples += not pace
+            self._pace += 0.2 * (pace - self._pace) if pace else 0.0
+            self._ratios[task] = ratio
+            self._ratios.move_to_end(task)
+            self._plain[task] = self.PLAIN if ratio >= 0.8 else 0
+            while len(self._ratios) > self.TASKS:
+                del self._plain[self._ratios.popitem(last=False)[0]]
 
 
 # ==============================================================================
@@ -1092,6 +1268,24 @@ class FileSpan:
         if self.fd >= 0 and self.last:
             os.close(self.fd)
         self.fd = -1
+
+    def send(self, sock: socket.socket, most: int) -> int:
+        """Send at most so many of its next bytes; return the count.  Raises OSError, BlockingIOError."""
+        return os.sendfile(sock.fileno(), self.fd, self.offset, min(self.count, most))
+
+
+class ByteSpan(FileSpan):
+    """Bytes in memory that go in place of a part of a file, and by its limits."""
+
+    __slots__ = ("_view",)
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(-1, 0, len(data))
+        self._view = memoryview(data)
+
+    def send(self, sock: socket.socket, most: int) -> int:
+        """Send at most so many of its next bytes; return the count.  Raises OSError, BlockingIOError."""
+        return sock.send(self._view[self.offset:self.offset + min(self.count, most)])
 
 
 class Response:
@@ -1182,6 +1376,13 @@ class Request:
         if start >= length:
             raise NoSuchPiece("the file has %d bytes" % length)
         return start, min(end, length)
+
+
+class Aside(NamedTuple):
+    """An answer that a worker may make better than it is, in its own time: `make` returns that, or `plain`."""
+
+    make: Callable[[Request], Any]
+    plain: Response
 
 
 class Route(NamedTuple):
@@ -1509,15 +1710,19 @@ class Server:
         assert link.route and link.request
         if not link.route.worker:
             self._deciding = True
-            self._take(link, self._outcome(link.route, link.request))
+            self._take(link, self._outcome(getattr(self._app, link.route.handler), link.request))
             self._deciding = False
-            return
-        if not self._hire(self._busy + 1):
+        elif not self._delegate(link, getattr(self._app, link.route.handler)):
             self._respond(link, Response.of_error(503, "there is no thread for this request"))
-            return
+
+    def _delegate(self, link: _Link, handler: Callable[[Request], Any]) -> bool:
+        """Have a worker run a handler; return whether there is any."""
+        if not self._hire(self._busy + 1):
+            return False
         self._set(link, _Link.WORKING, 3600.0)
         self._busy += 1
-        self._jobs.put((link, link.route, link.request))
+        self._jobs.put((link, handler, link.request))
+        return True
 
     def _hire(self, jobs: int) -> bool:
         """Have a worker for each of so many jobs, or as many as we may; return whether there is any to do them."""
@@ -1533,8 +1738,8 @@ class Server:
 
     def _work(self) -> None:
         """A worker's life."""
-        for link, route, request in iter(self._jobs.get, None):
-            outcome = self._outcome(route, request)
+        for link, handler, request in iter(self._jobs.get, None):
+            outcome = self._outcome(handler, request)
             self.post(lambda link=link, outcome=outcome: self._worked(link, outcome))  # type: ignore[misc]
 
     def _worked(self, link: _Link, outcome: Any) -> None:
@@ -1542,10 +1747,10 @@ class Server:
         self._busy -= 1
         self._take(link, outcome)
 
-    def _outcome(self, route: Route, request: Request) -> Any:
+    def _outcome(self, handler: Callable[[Request], Any], request: Request) -> Any:
         """Run a handler; return what it says, or its error as an answer."""
         try:
-            return getattr(self._app, route.handler)(request)
+            return handler(request)
         except DflyError as error:
             self._log.warn("%s %s from %s: %s", request.method, request.path, request.client, error)
             return Response.of_error(error.http, str(error))
@@ -1557,8 +1762,11 @@ class Server:
     def _take(self, link: _Link, outcome: Any) -> None:
         """Do what a handler has decided."""
         if link.state == _Link.CLOSED:
-            if isinstance(outcome, Response):
-                outcome.close()
+            if isinstance(outcome, (Response, Aside)):
+                (outcome.plain if isinstance(outcome, Aside) else outcome).close()
+        elif isinstance(outcome, Aside):
+            if not self._delegate(link, outcome.make):
+                self._respond(link, outcome.plain)
         elif isinstance(outcome, Park):
             self._set(link, _Link.PARKED, outcome.limit_s)
             assert link.request
@@ -1658,7 +1866,7 @@ class Server:
             self._watch(link, 0)
             self.later(delay, lambda: self._serve(link, selectors.EVENT_WRITE))
             return -1
-        count = os.sendfile(link.sock.fileno(), span.fd, span.offset, min(span.count, self._bucket.chunk(1 << 20)))
+        count = span.send(link.sock, self._bucket.chunk(1 << 20))
         if not count:
             raise OSError(errno.EIO, "the file is shorter than it was")
         self._bucket.spend(count)
@@ -1669,7 +1877,7 @@ class Server:
 
     def _end_response(self, link: _Link) -> None:
         assert link.response
-        if len(link.response.segments) > 1:
+        if any(isinstance(segment, FileSpan) for segment in link.response.segments):
             self._cork(link, 0)
         link.request, link.response, link.route = None, None, None
         if not link.keep or link.closing:
@@ -1693,6 +1901,41 @@ class Server:
         link.sock.close()
         if gone:
             self._guard(gone)
+
+
+_ACCEPTS = re.compile(r"^1 rate=([1-9]\d{0,11})$")
+
+
+def squeezed(request: Request, plain: Response, squeezer: Optional[Squeezer], task: str, seal: Optional[Seal]) -> Any:
+    """Return the answer that is one wrapped piece of a task, deflated if that pays: as it is, or an Aside to find out.
+
+    Only for who says that he takes it, which no old client does.
+    """
+    accepts = _ACCEPTS.match(request.headers.get(DFLY_HEADER, ""))
+    if not squeezer or not seal or not accepts or request.headers.get("accept-encoding", "") != "deflate" or request.method != "GET":
+        return plain
+    found, the_squeezer, the_seal, rate = squeezer.kept(plain.segments[0], seal), squeezer, seal, int(accepts.group(1))
+    if found is not None:
+        return _deflated(plain, found)
+    if not squeezer.promising(task, seal, rate):
+        return plain
+
+    def make(_request: Request) -> Response:
+        parts = [(part.fd, part.offset, part.count) if isinstance(part, FileSpan) else part for part in plain.segments]
+        try:
+            packed = the_squeezer.pack(task, the_seal, parts, rate)
+        except OSError:  # whoever sends it plain meets the same, and says so
+            packed = None
+        return _deflated(plain, packed) if packed is not None else plain
+
+    return Aside(make, plain)
+
+
+def _deflated(plain: Response, packed: bytes) -> Response:
+    plain.close()
+    response = Response(plain.status, ByteSpan(packed))
+    response.headers = plain.headers + [("Content-Encoding", "deflate")]
+    return response
 
 
 def readable(things: List[Any], seconds: float) -> List[Any]:
@@ -1800,6 +2043,8 @@ class Reply:
         tokens = headers.get("connection", "").lower()
         self.keep = "keep-alive" in tokens if old else "close" not in tokens
         self.left = self.length  # bytes of the body not read yet
+        self.taken = 0  # bytes of it that were read
+        self.stream = None  # type: Any  # what inflates it
 
     def body(self, limit: int = 16 << 20) -> bytes:
         """Return the whole body of at most `limit` bytes.  Raises NetworkError."""
@@ -1810,7 +2055,7 @@ class Reply:
         data = bytearray()
         while self.left is None or self.left > 0:
             chunk = bytearray(min(65536, limit + 1 - len(data) if self.left is None else self.left))
-            count = self.read_into(memoryview(chunk))
+            count = self._read_raw(memoryview(chunk))
             data += chunk[:count]
             if not count:
                 if self.left:
@@ -1838,11 +2083,39 @@ class Reply:
             data += self._link.read_exactly(size)
             self._link.read_line()
 
+    def inflate(self, length: int) -> None:
+        """Have `read_into` give the `length` bytes that a deflated body was made from; no more than it is asked for, so none can do
+        harm.  Each fault of the body is a zlib.error."""
+        if self.length is None or self.length > length:
+            raise zlib.error("longer than what it was made from")
+        self.stream = zlib.decompressobj()
+
+    def end_inflated(self) -> None:
+        """Read what is behind the last byte of a deflated body: nothing that counts.  Raises zlib.error, NetworkError."""
+        if (self.left or 0) > 64:  # our own deflater leaves eight or so
+            raise zlib.error("more than what it was made from")
+        data = self.stream.unconsumed_tail + self.body()
+        if self.stream.decompress(data, 1) or not self.stream.eof or self.stream.unused_data:
+            raise zlib.error("not the end of what it was made from")
+
+    def _read_inflated(self, view: Any) -> int:
+        data = self.stream.decompress(self.stream.unconsumed_tail, len(view))
+        if not data:
+            if self.stream.eof or not self.left:
+                raise zlib.error("shorter than what it was made from")
+            part = memoryview(bytearray(min(len(view), 65536)))
+            data = self.stream.decompress(part[:self._read_raw(part)], len(view))
+        view[:len(data)] = data
+        return len(data)
+
     def read_into(self, view: Any) -> int:
-        """Read some of the body into `view`; return the count, 0 at the end.
+        """Read some of the body into `view`; return the count, 0 at the end (and while nothing can be inflated, though it is `taken`).
 
         Raises TimedOut when nothing came at all, NetworkError.
         """
+        return self._read_inflated(view) if self.stream else self._read_raw(view)
+
+    def _read_raw(self, view: Any) -> int:
         if self.left is not None:
             view = view[:self.left]
         if not len(view):
@@ -1850,6 +2123,7 @@ class Reply:
         count = self._link.receive(view, 0 if self.left is None else self.left - len(view))
         if self.left is not None:
             self.left -= count
+        self.taken += count
         return count
 
     @property
@@ -5569,13 +5843,14 @@ class Supernode:
     )
 
     def __init__(self, swarm: Swarm, preheats: Preheats, advertise_ip: str, log: Log, fence: Fence, trusted: HostList, down_limit: int = 4,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 clock: Callable[[], float] = time.monotonic, squeezer: Optional[Squeezer] = None) -> None:
         self._swarm, self._preheats = swarm, preheats
         self._ip, self._log = advertise_ip, log
         self._clock = clock
         self._fence = fence  # from which origins it fetches
         self._trusted = trusted  # whose word about a client's address is good
         self._down_limit = down_limit  # pieces an old client may have under way.  Wire: 14 (9)
+        self._squeezer = squeezer  # None: all pieces go as they are
         self._api = None  # type: Optional[Server]
         self._pieces = None  # type: Optional[Server]
 
@@ -6001,7 +6276,7 @@ class Supernode:
 
     def download(self, request: Request) -> Any:
         """GET /download/abc/abcdef…: bytes of the wrapped file.  Ours may ask for a piece that is still to come, and
-        gets its seal in a header.  Wire: 5.3"""
+        gets its seal in a header, and the piece deflated if that pays.  Wire: 5.3"""
         task_id = (request.rest.split("/") + [""])[1]
         with self._swarm.lock:
             task = self._swarm.tasks.get(task_id)
@@ -6031,7 +6306,9 @@ class Supernode:
             headers.append(("Content-Range", "bytes %d-%d/%s" % (start, end - 1, total if layout.length is not None else "*")))
         if native and start % layout.size == 0:
             headers.append((DFLY_HEADER, str(store.seal(num))))
-        return Response(206 if span else 200, body, "application/octet-stream", headers)
+        seal = store.seal(num) if start == num * layout.size else None
+        response = Response(206 if span else 200, body, "application/octet-stream", headers)
+        return squeezed(request, response, self._squeezer, task_id, seal if seal and end - start == seal.length + WRAP else None)
 
     # -- the rest --------------------------------------------------------------------
 
@@ -6127,7 +6404,7 @@ class Supernode:
         running, waiting = cdn.turns.counts()
         return Response.of_metrics(METRICS.text(
             ("dfly_tasks", tasks), ("dfly_peers", peers), ("dfly_fetches", running), ("dfly_fetches_waiting", waiting),
-            ("dfly_sent_bytes_total", self._pieces.sent_bytes),
+            ("dfly_sent_bytes_total", self._pieces.sent_bytes), ("dfly_saved_bytes_total", self._squeezer.saved_bytes if self._squeezer else 0),
             ("dfly_isolations_total", self._swarm.scheduler.isolations), ("dfly_disk_free_bytes", free_bytes(cdn.folder)), calls=self._api.requests))
 
 
@@ -6171,9 +6448,10 @@ class Uploader:
         Route("GET", "/ping", "control_ping"),
     )
 
-    def __init__(self, home: str, log: Log, expire_s: float, alive_s: float, total_limit: int,
+    def __init__(self, home: str, log: Log, expire_s: float, alive_s: float, total_limit: int, squeezer: Optional[Squeezer] = None,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.home, self.log = home, log
+        self._squeezer = squeezer  # None: all pieces go as they are
         self._expire_s = expire_s  # how long a finished file is served after its last use
         self._alive_s = alive_s  # how long to live without work; 0: for ever
         self._clock = clock
@@ -6198,8 +6476,8 @@ class Uploader:
 
     # -- the world --------------------------------------------------------------
 
-    def piece(self, request: Request) -> Response:
-        """GET /peer/file/NAME: one wrapped piece, or plain bytes with `cdnSource: source`.  Wire: 7.6"""
+    def piece(self, request: Request) -> Any:
+        """GET /peer/file/NAME: one wrapped piece, for our own deflated if that pays, or plain bytes with `cdnSource: source`.  Wire: 7.6"""
         shared = self._shared(request.rest)
         store = shared.store
         assert store
@@ -6217,7 +6495,9 @@ class Uploader:
         if end - start > 0xffffff:
             raise NoSuchPiece("a piece has at most %d bytes" % MAX_PIECE)
         head = struct.pack(">I", (end - start | int(size) << 4) & 0xffffffff)
-        return Response(206, [head] + store.plain_body(start, end) + [TAIL], "application/octet-stream")
+        response = Response(206, [head] + store.plain_body(start, end) + [TAIL], "application/octet-stream")
+        seal = store.seal(int(num)) if start == int(num) * store.layout.stride and int(size) == store.layout.size else None
+        return squeezed(request, response, self._squeezer, shared.name, seal if seal and end - start == seal.length else None)
 
     def _here(self, store: TaskFile, start: int, end: int) -> Tuple[int, int]:
         """Return [start, end) clipped to the file.  Raises NoSuchPiece where some of it is not here or behind its end."""
@@ -6310,7 +6590,7 @@ class Uploader:
         with self._lock:
             tasks = len(self._tasks)
         return Response.of_metrics(METRICS.text(("dfly_uploader_tasks", tasks), ("dfly_sent_bytes_total", self._public.sent_bytes),
-                                                calls=self._public.requests))
+                                                ("dfly_saved_bytes_total", self._squeezer.saved_bytes if self._squeezer else 0), calls=self._public.requests))
 
     def control_ping(self, _request: Request) -> Response:
         """GET /ping: where the public port is, and which program this is."""
@@ -6461,7 +6741,10 @@ class UploaderLine:
             link.close()
 
 
-def run_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: float, total_limit: int, verbose: bool,
+SQUEEZED = 16 << 20  # bytes of compressed pieces that an uploader keeps: few ask it for the same
+
+
+def run_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: float, total_limit: int, compress: bool, verbose: bool,
                  on_ready: Callable[[int], None]) -> None:
     """Be the uploader of `home` until there is nothing left to do or a signal comes.
 
@@ -6481,7 +6764,7 @@ def run_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: float,
     control_sock.bind(path)
     os.umask(mask)
     control_sock.listen(64)
-    uploader = Uploader(home, log, expire_s, alive_s, total_limit)
+    uploader = Uploader(home, log, expire_s, alive_s, total_limit, Squeezer(SQUEEZED) if compress else None)
     public = Server(sock, Uploader.ROUTES, uploader, log, "peer", uploader.bucket)
     control = Server(control_sock, Uploader.CONTROL_ROUTES, uploader, log, "control")
     write_whole(os.path.join(home, "peer.pid"), b"%d\n" % os.getpid())
@@ -6502,7 +6785,7 @@ def run_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: float,
     log.close()
 
 
-def start_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: float, total_limit: int, verbose: bool) -> int:
+def start_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: float, total_limit: int, compress: bool, verbose: bool) -> int:
     """Return the port of the home's uploader, started by a double fork if there is none; 0 when that fails.
 
     A fork, not a new program: that saves 80 ms of a start that 24 downloads on one machine may do at once.  Must be
@@ -6514,7 +6797,7 @@ def start_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: floa
     answer = line.call("GET", "/ping")
     if not answer and lock.acquire(5.0):
         try:
-            answer = line.call("GET", "/ping") or _fork_uploader(home, ip, port, expire_s, alive_s, total_limit, verbose)
+            answer = line.call("GET", "/ping") or _fork_uploader(home, ip, port, expire_s, alive_s, total_limit, compress, verbose)
         finally:
             lock.release()
     return answer["port"] if answer and answer.get("version") == VERSION else 0
@@ -6525,7 +6808,8 @@ def _tell_port(fd: int, port: int) -> None:
     os.close(fd)
 
 
-def _fork_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: float, total_limit: int, verbose: bool) -> Optional[Dict[str, Any]]:
+def _fork_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: float, total_limit: int, compress: bool,
+                   verbose: bool) -> Optional[Dict[str, Any]]:
     ready_r, ready_w = os.pipe()
     pid = os.fork()
     if not pid:
@@ -6539,7 +6823,7 @@ def _fork_uploader(home: str, ip: str, port: int, expire_s: float, alive_s: floa
                 os.dup2(null, fd)
             os.dup2(ready_w, 3)
             os.closerange(4, 4096)
-            run_uploader(home, ip, port, expire_s, alive_s, total_limit, verbose, lambda port: _tell_port(3, port))
+            run_uploader(home, ip, port, expire_s, alive_s, total_limit, compress, verbose, lambda port: _tell_port(3, port))
         except BaseException as error:  # noqa: BLE001 nobody above this frame may run in the child
             Log(os.path.join(home, "logs", "dfserver.log"), str(os.getpid())).error("uploader: %r", error)
         finally:
@@ -6647,7 +6931,8 @@ class Order(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of an order; `error` is None when the piece is here."""
+    """What became of an order; `error` is None when the piece is here.  `length` counts plain bytes, since who schedules asks how
+    soon pieces are there, not how."""
 
     order: Order
     seconds: float
@@ -6684,15 +6969,17 @@ class Fetchers:
     Orders go in by `put`, outcomes come out of `outcomes`; `wake_fd` becomes readable when there is one.
     """
 
-    def __init__(self, store: TaskFile, bucket: TokenBucket, headers: List[Tuple[str, str]], count: int, log: Log) -> None:
+    def __init__(self, store: TaskFile, bucket: TokenBucket, headers: List[Tuple[str, str]], count: int, log: Log, compress: bool = True) -> None:
         self._store, self._bucket, self._headers, self._log = store, bucket, headers, log
+        self._compress = compress  # whether to take deflated pieces, where that may pay
+        self._meter = Meter()  # of bytes on the wire: what the link does, whatever they stand for
         self.outcomes = collections.deque()  # type: collections.deque
         self.endings = collections.deque()  # type: collections.deque  # orders that are about to end well
 
         self.wake_fd, self._wake_w = os.pipe()
         self.bytes = collections.Counter()  # type: Dict[str, int]  # plain bytes of good pieces, by kind of holder
         self.holders = collections.Counter()  # type: Dict[str, int]  # the same by address
-        self.received = 0  # bytes, good or bad, to see whether anything moves
+        self.received = 0  # plain bytes, good or bad, to see whether anything moves
         self._lock = threading.Lock()
         self._claims = {}  # type: Dict[int, Tuple[threading.Lock, List[Any]]]  # who may write a piece
         self._shunned = {}  # type: Dict[Tuple[str, int], float]  # peers that have just kept us waiting, until when
@@ -6704,7 +6991,7 @@ class Fetchers:
         self._threads = [threading.Thread(target=self._run, name="dfly-get-%d" % i, daemon=True)
                          for i in range(2 * count)]  # twice as many: the next request leaves before a piece has ended
         self._count = count
-        self._pace = 0.0  # bytes/s of one piece, averaged
+        self._pace = 0.0  # bytes/s of one piece on the wire, averaged
         self._lead = AHEAD_S  # how long before its end a piece is announced, averaged
         self._ending = set()  # type: Set[int]  # pieces whose end has been announced
         for thread in self._threads:
@@ -6790,7 +7077,7 @@ class Fetchers:
         start = int(order.range_text.partition("-")[0])
         exact = "bytes=%d-%d" % (start, start + self._length_of(order) + (0 if order.plain else WRAP) - 1)  # Wire: 7.6 (0.2's last piece)
         headers = [("Range", exact), ("pieceNum", str(order.num)), ("pieceSize", str(layout.size)),
-                   ("User-Agent", "dfget/" + VERSION), (DFLY_HEADER, "1")] + (self._headers if order.plain else [])
+                   ("User-Agent", "dfget/" + VERSION)] + (self._headers if order.plain else self._accepted(order))
         target = order.path
         if order.plain:
             headers.append(("cdnSource", "source"))
@@ -6806,11 +7093,25 @@ class Fetchers:
         try:
             if reply.status not in (200, 206):
                 raise self._refused(order, reply.status)
-            frame = self._receive(order, link, reply, buffer, digest, claim)
+            with self._meter:
+                frame = self._receive(order, link, reply, buffer, digest, claim)
+        except zlib.error as error:
+            raise WrongBytes(self._named(order), order.digest or "that of the piece", "missing, since what came can't be inflated (%s)" % error)
         finally:
             self._pool.done(link, reply)
         seal = self._check(order, reply, digest, frame)
         return seal.length if self._commit(order, claim, seal) else 0
+
+    def _accepted(self, order: Order) -> List[Tuple[str, str]]:
+        """Return the headers that say who we are, and, on a link that is slow enough, how slow, so that its holder may deflate the piece."""
+        rate = self._meter.rate if self._compress and not order.old else 0
+        if not 0 < rate < FASTEST_DEFLATE:
+            return [(DFLY_HEADER, "1")]
+        return [(DFLY_HEADER, "1 rate=%d" % rate), ("Accept-Encoding", "deflate")]
+
+    @staticmethod
+    def _named(order: Order) -> str:
+        return "piece %d from %s" % (order.num, join_host(order.host, order.port))
 
     def _digest(self, order: Order) -> PieceDigest:
         """Return what digests the piece as its check needs it."""
@@ -6828,6 +7129,8 @@ class Fetchers:
         head, expected = 0 if order.plain else 4, self._length_of(order)
         total = expected if order.plain else expected + WRAP
         frame, got, began = b"", 0, time.monotonic()
+        if reply.headers.get("content-encoding", "") == "deflate" and not order.plain:
+            reply.inflate(total)
         while got < total:
             count = min(CHUNK, total - got)
             self._fill(order, link, reply, buffer[:count], total - got)
@@ -6838,26 +7141,33 @@ class Fetchers:
                 self._write(order, claim, offset + max(0, got - head), view)
                 digest.update(view)
             got += count
-        pace = total / max(time.monotonic() - began, 1e-4)
+        if reply.stream:
+            reply.end_inflated()
+        pace = reply.taken / max(time.monotonic() - began, 1e-4)
         self._pace += 0.2 * (pace - self._pace) if self._pace else pace
         return frame
 
     def _fill(self, order: Order, link: HttpLink, reply: Reply, view: Any, left: int) -> None:
-        """Fill `view` with the next bytes of a piece of which `left` are to come.  Raises NetworkError, TimedOut."""
+        """Fill `view` with the next bytes of a piece of which `left` are to come.  Raises NetworkError, TimedOut, zlib.error.
+
+        Limits and paces are those of the bytes on the wire, fewer than `left` where they are deflated.
+        """
         waited, came = 0.0, 0  # seconds spent on reading, and bytes read, since its pace was last looked at
         while len(view):
             if self._stopping or self._store.have >> order.num & 1:
                 raise _Superseded("piece %d is here already, or the download ends" % order.num)
-            most = self._bucket.chunk(min(len(view), self._watch_pace(order, link, reply, left)))
+            most = self._bucket.chunk(min(len(view), self._watch_pace(order, link, reply, left if not reply.stream else reply.left or 0)))
             self._bucket.take(0)
-            asked = time.monotonic()
+            asked, before = time.monotonic(), reply.taken
             count = reply.read_into(view[:most])
-            self._bucket.spend(count)
-            if not count:
+            taken = reply.taken - before
+            self._bucket.spend(taken)
+            self._meter.add(taken)
+            if not count and not taken:
                 raise self._short(order, left)
             self.received += count
             view, left = view[count:], left - count
-            waited, came = waited + time.monotonic() - asked, came + count
+            waited, came = waited + time.monotonic() - asked, came + taken
             if waited > PEER_SILENCE_S:
                 self._check_pace(order, came / waited)
                 waited, came = 0.0, 0
@@ -6899,7 +7209,7 @@ class Fetchers:
     def _check(self, order: Order, reply: Reply, digest: PieceDigest, frame: bytes) -> Seal:
         """Return the piece's seal if it is what it must be.  Raises WrongBytes."""
         seal = digest.seal()
-        what = "piece %d from %s" % (order.num, join_host(order.host, order.port))
+        what = self._named(order)
         if order.old:
             if frame != piece_head(seal.length, self._store.layout.size) + TAIL:
                 raise WrongBytes(what, "head and tail of %d bytes" % seal.length, frame.hex())
@@ -7511,7 +7821,8 @@ class Download:
 
     def _start_uploader(self) -> int:
         options = self.options
-        return start_uploader(self.home, "", options.port, options.expiretime, options.alivetime, options.totallimit, options.verbose)
+        return start_uploader(self.home, "", options.port, options.expiretime, options.alivetime, options.totallimit,
+                              options.compress != "off", options.verbose)
 
     def _register(self, node: Node) -> Registration:
         """Register with a supernode.  Raises NetworkError, Migrate, NeedAuth.  Wire: 1"""
@@ -7598,7 +7909,7 @@ class Download:
             self._uploader.call("POST", "/adopt", {
                 "name": self.name, "task": registration.task_id, "cid": self.cid, "node": [registration.node.host, registration.node.port],
                 "pid": os.getpid(), "data": self.store.data, "journal": self.store.journal, "total": self.options.totallimit})
-        fetchers = Fetchers(self.store, self.bucket, self.headers, FETCHERS, self.log)
+        fetchers = Fetchers(self.store, self.bucket, self.headers, FETCHERS, self.log, self.options.compress != "off")
         line = (SyncLine if registration.native else PullLine)(registration, self.cid, fetchers, self.store)
         try:
             self._loop(line, fetchers)
@@ -9395,8 +9706,9 @@ def _parse(parser: Any, section: str, arguments: List[str]) -> Any:
     config = read_config(given[-1] if given else CONFIG, bool(given))
     flags = {name.lstrip("-"): action for action in parser._actions for name in action.option_strings if name.startswith("--")}
     values = dict(config.get(section, {}))
-    if "node" in config and "address" in config["node"] and "node" in flags:
-        values.setdefault("node", config["node"]["address"])
+    for key, flag in (("address", "node"), ("compress", "compress")):
+        if key in config.get("node", {}) and flag in flags and section != "supernode":
+            values.setdefault(flag, config["node"][key])
     for key, value in values.items():
         if key not in flags:
             raise BadUsage("%s: [%s] has no setting %r" % (given[-1] if given else CONFIG, section, key))
@@ -9417,6 +9729,10 @@ def _parse(parser: Any, section: str, arguments: List[str]) -> Any:
     return options
 
 
+def _compress_flag(parser: Any) -> None:
+    _flag(parser, "--compress", choices=("auto", "off"), default="auto", help="whether pieces travel compressed where a sample says that it pays (auto)")
+
+
 def _common_peer_flags(parser: Any) -> None:
     _flag(parser, "--home", metavar="FOLDER", default="~/.small-dragonfly", help="work folder (default ~/.small-dragonfly)")
     _flag(parser, "--ip", default="", metavar="IP", help="address that other peers shall use for this host")
@@ -9425,6 +9741,7 @@ def _common_peer_flags(parser: Any) -> None:
     _flag(parser, "--alivetime", type=parse_duration, default=300.0, help="how long the uploader lives without work; 0: for ever (5m)")
     _flag(parser, "--totallimit", "--total-limit", type=parse_size, default=0, metavar="RATE",
           help="limit of all downloads and of all uploads of this host, e.g. 20M (none)")
+    _compress_flag(parser)
     _flag(parser, "--verbose", action="store_true", help="keep debug lines in the log")
 
 
@@ -9494,8 +9811,8 @@ def run_peer(arguments: List[str]) -> int:
     for name in ("--meta", "--data"):  # as dfget 1.0 starts its own
         _flag(parser, name, default="", metavar="PATH", help="accepted for compatibility")
     options = _parse(parser, "peer", arguments)
-    run_uploader(options.home, "", options.port, options.expiretime, options.alivetime, options.totallimit, options.verbose,
-                 lambda port: print("dfget uploader server port is %d" % port, flush=True))
+    run_uploader(options.home, "", options.port, options.expiretime, options.alivetime, options.totallimit,
+                 options.compress != "off", options.verbose, lambda port: print("dfget uploader server port is %d" % port, flush=True))
     return 0
 
 
@@ -9534,6 +9851,7 @@ def supernode_parser() -> Any:
           help="accounts with which to preheat what registries say was pushed to them")
     _flag(parser, "--fetches", type=_positive, default=32, metavar="N", help="fetches from origins at once (32)")
     _flag(parser, "--origin-fetches", type=_positive, default=8, metavar="N", help="... from one of them (8)")
+    _compress_flag(parser)
     _flag(parser, "--disk-reserve", type=parse_size, default=0, metavar="SIZE", help="free space that the cache leaves (0)")
     _flag(parser, "--capacity", type=parse_size, default=0, metavar="SIZE", help="what all cached files may take (no limit)")
     _flag(parser, "--cache-expire-time", type=parse_duration, default=0.0, metavar="TIME", help="a cached file goes so long after its last use (never)")
@@ -9605,7 +9923,8 @@ def run_supernode(arguments: List[str]) -> int:
     swarm = Swarm(ip, log, scheduler, cdn, options.task_expire_time, time.monotonic)
     fence = Fence(options.allow_origins, options.deny_origins)
     preheats = Preheats(swarm, fence, log, options.registry_auth)
-    supernode = Supernode(swarm, preheats, ip, log, fence, options.trusted_peers, options.down_limit)
+    supernode = Supernode(swarm, preheats, ip, log, fence, options.trusted_peers, options.down_limit,
+                          squeezer=Squeezer(64 << 20) if options.compress != "off" else None)
     api_sock, piece_sock = listen(options.bind, options.port), listen(options.bind, options.download_port)
     api = Server(api_sock, Supernode.ROUTES, supernode, log, "api")
     pieces = Server(piece_sock, Supernode.PIECE_ROUTES, supernode, log, "pieces", TokenBucket(rate))
@@ -9657,6 +9976,7 @@ def daemon_parser(command: str) -> Any:
     _flag(parser, "--localrepo", type=_exiting(12, _absolute), default="", metavar="FOLDER", help="where blobs lie meanwhile (HOME/dfdaemon/data)")
     _flag(parser, "--expiretime", type=parse_duration, default=180.0, help="how long a blob is kept, and served to peers, after its last use (3m)")
     _flag(parser, "--ratelimit", type=_exiting(13, parse_size), default=0, metavar="RATE", help="limit of all downloads and of all uploads (none)")
+    _compress_flag(parser)
     _flag(parser, "--minrate", type=parse_size, default=64 << 10, metavar="RATE", help="a swarm slower than this is left for the registry (64K),")
     _flag(parser, "--patience", type=parse_duration, default=15.0, metavar="TIME", help="... if it was so for this long (15s)")
     _flag(parser, "--insecure", action="store_true", help="take any certificate of the registry")
@@ -9698,7 +10018,8 @@ def _from_dfget_flags(flags: List[str]) -> List[str]:
     parser = get_parser("dfget_flags")
     given, arguments = parser.parse_args([str(flag) for flag in flags]), []
     for name, flag in (("ip", "--ip"), ("port", "--peerport"), ("expiretime", "--expiretime"), ("filter", "--urlfilter"), ("locallimit", "--ratelimit"),
-                       ("totallimit", "--ratelimit"), ("callsystem", "--callsystem"), ("home", "--home"), ("location", "--location")):
+                       ("totallimit", "--ratelimit"), ("callsystem", "--callsystem"), ("home", "--home"), ("location", "--location"),
+                       ("compress", "--compress")):
         if getattr(given, name) != parser.get_default(name):
             arguments += [flag, str(getattr(given, name))]
     if given.nodes != parse_nodes(parser.get_default("nodes")):
@@ -9757,7 +10078,7 @@ def _daemon_options(options: Any, trust: Callable[[str], Tuple[bool, List[str]]]
     template.locallimit = template.totallimit = options.ratelimit
     template.filter, template.callsystem, template.notbs, template.dfdaemon = options.urlfilter, options.callsystem, options.notbs, True
     template.verbose, template.console, template.showbar = options.verbose, False, False
-    template.minrate, template.patience = options.minrate, options.patience
+    template.minrate, template.patience, template.compress = options.minrate, options.patience, options.compress
 
     def options_for(url: str) -> Any:
         made = copy.copy(template)
@@ -9885,7 +10206,7 @@ def run_daemon(arguments: List[str], old: bool) -> int:
     log = Log(os.path.join(options.home, "logs", "dfdaemon.log"), str(os.getpid()), options.verbose)
     sock = _exiting(14, lambda host: listen(host, options.port))(options.hostip)
     companion = Companion(options.home, ["--port", str(options.peerport), "--expiretime", "%g" % options.expiretime,
-                                         "--totallimit", str(options.ratelimit)])
+                                         "--totallimit", str(options.ratelimit), "--compress", options.compress])
     settings = {name: value for name, value in vars(options).items() if isinstance(value, (str, int, float, list)) and name != "nodes"}
     blobs = Blobs(options.localrepo, log, options_for, options.expiretime, companion.port)
     daemon = Daemon(registries, rules, selected, opened, authority, options.small, upstream, blobs, log,

@@ -13,7 +13,8 @@ import dfly  # noqa: E402
 
 PARSERS = {"get": lambda: dfly.get_parser("x"), "supernode": dfly.supernode_parser, "daemon": lambda: dfly.daemon_parser("x")}
 #: Of a command line, not of a host; or of [node].
-ELSEWHERE = {"help", "config", "version", "install", "uninstall", "dry-run", "etc", "url", "output", "md5", "identifier", "header", "dfdaemon", "node"}
+ELSEWHERE = {"help", "config", "version", "install", "uninstall", "dry-run", "etc", "url", "output", "md5", "identifier", "header", "dfdaemon", "node",
+             "compress"}
 
 
 def text_of(*path):
