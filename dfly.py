@@ -1700,6 +1700,8 @@ def connect(host: str, port: int, timeout_s: float) -> socket.socket:
         raise TimedOut("%s did not answer within %g s" % (join_host(host, port), timeout_s))
     except OSError as error:
         raise NetworkError("%s: %s" % (join_host(host, port), error.strerror or error))
+    except UnicodeError:  # a..b, or a part of more than 63 letters: Python's codec for names says so, not the resolver
+        raise NetworkError("%s: not the name of a host" % join_host(host, port))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
 
