@@ -8,6 +8,7 @@ nothing but a Python 3.6 or later: copy it to a host and run it.
     dfly.py get -u URL     the wget-like client
     dfly.py peer           the host's uploader; `get` starts it by itself     ports 15000 - 65000
     dfly.py daemon         registry mirror and proxy for docker and its kin   port 65001
+    dfly.py config         which supernodes there are, and which are near     port 8004
     dfly.py status         what the daemon of this host is doing
     dfly.py preheat WHAT   have a file or an image on the supernodes before anybody asks
     dfly.py demo           an origin, a supernode and four peers on loopback, to see it work
@@ -35,6 +36,7 @@ The map:
     19. Blobs           files on their way through the daemon
     20. Daemon          registry mirror and proxy: blobs by the swarm, the rest straight
     21. Engines         the settings of docker, containerd and podman that point at the daemon
+    22. Config Service  which supernodes there are and how they do; clients ask it for the nearest
     23. Demo            the main job on one machine, to see it work
     24. Command line    flags, the programs, main
 
@@ -357,16 +359,19 @@ class FileLock:
 WRITE_S = 10.0  # how long to wait for another process that writes the same small file
 
 
-def write_whole(path: str, data: bytes) -> None:
+def write_whole(path: str, data: bytes, private: bool = False) -> None:
     """Write a small file so that a reader sees the old one or the new one and never a part.  Raises NoSpace, CannotWrite.
 
-    All writers of `path` use one temporary file, locked: what a killed one leaves is taken up by the next.
+    All writers of `path` use one temporary file, locked: what a killed one leaves is taken up by the next.  A `private` file
+    is for its owner only.
     """
     temporary = FileLock(path + ".tmp")
     if not temporary.acquire(WRITE_S):
         raise CannotWrite("%s: another process is writing it" % path)
     try:
         os.ftruncate(temporary.fd, 0)
+        if private:
+            os.fchmod(temporary.fd, 0o600)
         with open(temporary.fd, "wb", closefd=False) as file:
             file.write(data)
         os.rename(temporary.path, path)
@@ -528,11 +533,12 @@ CONFIG = "/etc/dragonfly.conf"
 
 
 class Node(NamedTuple):
-    """A supernode: where it is, and how large a share of the URLs it gets."""
+    """A supernode: where it is, how large a share of its group's URLs it gets, and how many groups are nearer."""
 
     host: str
     port: int
     weight: int = 1
+    group: int = 0
 
     def __str__(self) -> str:
         return join_host(self.host, self.port)
@@ -605,8 +611,8 @@ class HostList:
 def order_nodes(nodes: List[Node], task: str) -> List[Node]:
     """Return the supernodes in the order in which `task` shall try them, each once.
 
-    Highest random weight: every client finds the same order for the same task, the shares follow the weights, and
-    when a node goes only its own tasks move.
+    The nearest group comes first.  In each, highest random weight: every client finds the same order for the same task, the
+    shares follow the weights, and when a node goes only its own tasks move.
     """
     import math
 
@@ -614,7 +620,7 @@ def order_nodes(nodes: List[Node], task: str) -> List[Node]:
         digest = hashlib.sha256(("%s %s" % (node, task)).encode()).digest()
         return -node.weight / math.log((int.from_bytes(digest[:8], "big") + 1) / 2.0 ** 64 * (1 - 1e-12))
 
-    return sorted(dict.fromkeys(nodes), key=score, reverse=True)
+    return sorted(dict.fromkeys(nodes), key=lambda node: (node.group, -score(node)))
 
 
 def read_config(path: str, must_exist: bool) -> Dict[str, Dict[str, str]]:
@@ -2016,6 +2022,8 @@ def connect(host: str, port: int, timeout_s: float) -> socket.socket:
         raise TimedOut("%s did not answer within %g s" % (join_host(host, port), timeout_s))
     except OSError as error:
         raise NetworkError("%s: %s" % (join_host(host, port), error.strerror or error))
+    except UnicodeError:  # a..b, or a part of more than 63 letters: Python's codec for names says so, not the resolver
+        raise NetworkError("%s: not the name of a host" % join_host(host, port))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
 
@@ -6395,6 +6403,12 @@ class Supernode:
         self._swarm.cdn.delete(task.task_id)
         return Response.of_json(True)
 
+    def load(self) -> Dict[str, float]:
+        """Return how busy it is: tasks, peers, and the bytes of pieces that it has sent."""
+        with self._swarm.lock:
+            return {"tasks": len(self._swarm.tasks), "peers": sum(len(task.peers) for task in self._swarm.tasks.values()),
+                    "sent_bytes": self._pieces.sent_bytes if self._pieces else 0}
+
     def metrics(self, _request: Request) -> Response:
         """GET /metrics, for Prometheus."""
         assert self._api and self._pieces
@@ -7770,7 +7784,8 @@ class Download:
 
     def _from_swarm(self) -> None:
         """Download by supernodes and peers.  Raises whatever makes that impossible."""
-        nodes = order_nodes(self.options.nodes, self.task_url)
+        find = self.options.find_nodes
+        nodes = order_nodes(find(self.log) if find else self.options.nodes, self.task_url)
         if not nodes:
             self.reason = REASON_NO_NODE
             raise NetworkError("no supernode is configured (--node, or [node] address in %s)" % CONFIG)
@@ -9507,6 +9522,485 @@ class EngineSettings:
 
 
 # ==============================================================================
+# 22. Config Service
+#    Which supernodes there are and how they do: they say so themselves, and clients
+#    ask for the nearest.  Its books and its API; the supernode's word to it; and the
+#    client's list, which outlives it.  Knows no tasks.
+# ==============================================================================
+
+CONFIG_PORT = 8004
+HEARTBEAT_S = 10.0  # between two words of a supernode
+MISSED = 3  # so many times without one, and a supernode counts as unhealthy
+FORGET_S = 3600.0  # and after so long it is forgotten
+REFRESH_S = 60.0  # how long a client uses the same list
+ASK_S = 2.0  # how long it waits for another,
+RETRY_S, EMPTY_RETRY_S = 30.0, 5.0  # and how long it does not ask again when none has come: with one of its own, and without
+AGE_MOST_S = 86400.0  # of a list, whatever the service and the clock say
+
+
+def parse_service(text: str) -> Optional[Node]:
+    """Return where the Config Service of `host[:port]` is, None for "".  Raises BadUsage."""
+    return Node(*split_host(text, CONFIG_PORT)) if text else None
+
+
+def parse_label(text: str) -> Tuple[str, ...]:
+    """Return the parts of a label `site/rack`, wide to narrow.  Raises BadRequest."""
+    if not re.fullmatch(r"[\w .:@+/-]{0,200}", text):
+        raise BadRequest("label: %.60r: invalid value (write site/rack)" % text)
+    return tuple(part.strip() for part in text.split("/") if part.strip())
+
+
+def _number(data: Dict[str, Any], name: str, least: float, most: float, default: float) -> float:
+    """Return a number of a JSON object.  Raises BadRequest."""
+    value = data.get(name, default)
+    if not isinstance(value, (int, float)) or not least <= value <= most:
+        raise BadRequest("%s: %.40r: invalid value (%g to %g)" % (name, value, least, most))
+    return value
+
+
+class Subnets:
+    """Which networks are where, by rules `10.1.0.0/16=site/rack`; where several have an address, the narrowest counts."""
+
+    def __init__(self, rules: List[str]) -> None:
+        import ipaddress
+        self._rules = []  # type: List[Tuple[Any, Tuple[str, ...]]]  # narrow ones first
+        for rule in rules:
+            network, equals, label = rule.partition("=")
+            try:
+                if not parse_label(label):
+                    raise ValueError(label)
+                self._rules.append((ipaddress.ip_network(network.strip(), strict=False), parse_label(label)))
+            except (ValueError, BadRequest):
+                raise BadUsage("not a rule for a subnet: %r (write 10.1.0.0/16=site/rack)" % rule)
+        self._rules.sort(key=lambda rule: -rule[0].prefixlen)
+
+    def label(self, ip: str) -> Tuple[str, ...]:
+        """Return where an address is, () where no rule says it.  Raises BadRequest."""
+        import ipaddress
+        try:
+            address = ipaddress.ip_address(ip.split("%")[0])
+        except ValueError:
+            raise BadRequest("ip: %.60r: invalid value" % ip)
+        address = getattr(address, "ipv4_mapped", None) or address
+        return next((label for network, label in self._rules if address in network), ())
+
+
+class Entry(NamedTuple):
+    """What a supernode has said of itself, and when."""
+
+    ip: str
+    port: int
+    label: str
+    weight: int
+    version: str
+    load: Dict[str, float]  # tasks, peers, bytes_s, and what later versions may add
+    leaving: bool  # it has said good-bye
+    heard_at: float  # monotonic
+
+    @classmethod
+    def parse(cls, data: Dict[str, Any], caller: str, heard_at: float) -> "Entry":
+        """Return the entry that a JSON object makes; the address is the `caller`'s where it names none.  Raises BadRequest."""
+        import ipaddress
+        label, version, load = str(data.get("label", "")), str(data.get("version", "")), data.get("load", {})
+        try:
+            ip = str(ipaddress.ip_address(str(data.get("ip") or caller)))
+        except ValueError:
+            raise BadRequest("ip: %.60r: invalid value" % data["ip"])
+        parse_label(label)
+        if not re.fullmatch(r"[\w.+-]{0,40}", version):
+            raise BadRequest("version: %.60r: invalid value" % version)
+        if not isinstance(load, dict) or len(load) > 16 or not all(re.fullmatch(r"[a-z_]{1,32}", name) for name in load):
+            raise BadRequest("load: %.60r: invalid value" % (load,))
+        return cls(ip, int(_number(data, "port", 1, 65535, SUPERNODE_PORT)), label, int(_number(data, "weight", 1, 9999, 1)), version,
+                   {name: _number(load, name, 0, 1e18, 0) for name in sorted(load)}, bool(data.get("leaving", False)), heard_at)
+
+    def __str__(self) -> str:
+        return join_host(self.ip, self.port)
+
+    def same(self, other: Optional["Entry"]) -> bool:
+        """Return whether another says the same, load and time aside."""
+        return other is not None and self._replace(load={}, heard_at=0) == other._replace(load={}, heard_at=0)
+
+
+class Directory:
+    """The supernodes that have been heard of, how they do, and who is near whom; kept in a file.
+
+    All of it belongs to the server's thread.  The file has ages, not times: while nobody listens nobody grows older, so after
+    a restart a supernode has its three heartbeats' time to be heard again.
+    """
+
+    MOST = 1000
+
+    def __init__(self, path: str, subnets: Subnets, interval_s: float, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._subnets, self._log, self._clock = path, subnets, log, clock
+        self.interval_s = interval_s  # between two words of a supernode
+        self._entries = {}  # type: Dict[Tuple[str, int], Entry]
+        self._changed = False  # since the file was written
+        self._ill = False  # the file could not be written
+        self._load()
+
+    def entries(self) -> List[Entry]:
+        """Return all that are known, by label and address."""
+        return sorted(self._entries.values(), key=lambda entry: (entry.label, entry.ip, entry.port))
+
+    def healthy(self, entry: Entry) -> bool:
+        """Return whether a supernode is heard of regularly."""
+        return not entry.leaving and self.age(entry) <= MISSED * self.interval_s
+
+    def age(self, entry: Entry) -> float:
+        """Return for how many seconds a supernode has not been heard."""
+        return max(0.0, self._clock() - entry.heard_at)
+
+    def hear(self, data: Dict[str, Any], caller: str) -> None:
+        """Take a supernode's word.  Raises BadRequest."""
+        entry = Entry.parse(data, caller, self._clock())
+        key = (entry.ip, entry.port)
+        known = self._entries.get(key)
+        if not known and (entry.leaving or len(self._entries) >= self.MOST):
+            if not entry.leaving:
+                raise BadRequest("%s: %d supernodes are known already, and that is the most" % (entry, self.MOST))
+            return
+        self._entries[key], self._changed = entry, True
+        if not entry.same(known):
+            self._log.info("supernode %s: %s, weight %d, %s", entry, entry.label or "no label", entry.weight,
+                           "leaves" if entry.leaving else "known" if known else "new")
+            self.save()
+
+    def near(self, ip: str, label: str) -> List[Tuple[int, Entry]]:
+        """Return the healthy supernodes for a client, each with the number of groups that are nearer; nearest first.
+
+        A group are those who have as much of their label in common with the client's.  Where none is healthy all are given:
+        the clients find out.  Raises BadRequest.
+        """
+        here = parse_label(label) or self._subnets.label(ip)
+        found = [entry for entry in self.entries() if self.healthy(entry)] or [entry for entry in self.entries() if not entry.leaving]
+        common = [len(os.path.commonprefix([here, self.where(entry)])) for entry in found]
+        depths = sorted(set(common), reverse=True)
+        return sorted(((depths.index(depth), entry) for depth, entry in zip(common, found)), key=lambda pair: pair[0])
+
+    def where(self, entry: Entry) -> Tuple[str, ...]:
+        """Return where a supernode is: what it says, else what the rules say."""
+        return parse_label(entry.label) or self._subnets.label(entry.ip)
+
+    def sweep(self) -> None:
+        """Once a heartbeat: forget whom nobody has heard of for long, and keep the rest."""
+        for key, entry in list(self._entries.items()):
+            if self.age(entry) > FORGET_S:
+                self._log.info("supernode %s: forgotten", entry)
+                del self._entries[key]
+                self._changed = True
+        if self._changed:
+            self.save()
+
+    def save(self) -> None:
+        """Write the file; a disk that does not take it is no reason not to serve."""
+        rows = []
+        for entry in self.entries():
+            row = entry._asdict()
+            del row["heard_at"]
+            rows.append(dict(row, age=round(self.age(entry), 3)))
+        try:
+            write_whole(self._path, (json.dumps({"supernodes": rows}, indent=1, sort_keys=True) + "\n").encode())
+            self._changed = self._ill = False
+        except DflyError as error:
+            if not self._ill:
+                self._log.error("the supernodes can't be kept: %s", error)
+            self._ill = True
+
+    def _load(self) -> None:
+        """Read the file; what can't be read will be heard again."""
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                for row in json.load(file)["supernodes"]:
+                    entry = Entry.parse(row, "", self._clock() - _number(row, "age", 0, 2 * FORGET_S, 0))
+                    self._entries[entry.ip, entry.port] = entry
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, BadRequest) as error:
+            self._log.warn("%s can't be read, begun anew: %r", self._path, error)
+
+
+class ConfigService:
+    """The HTTP API of the Config Service: what supernodes say and clients ask, told to the Directory and answered from it."""
+
+    ROUTES = (
+        Route("POST", "/supernodes", "heartbeat"),
+        Route("GET", "/supernodes", "nearest"),
+        Route("GET", "/metrics", "metrics"),
+        Route("GET", "/_ping", "ping"),
+        Route("GET", "/", "page"),
+    )
+    STYLE = "body{font:15px sans-serif;margin:2em}td,th{padding:.2em 1em .2em 0;text-align:left}.bad{color:#b00}"
+
+    def __init__(self, directory: Directory, refresh_s: float, allowed: HostList) -> None:
+        self._directory, self._refresh_s = directory, refresh_s
+        self._allowed = allowed  # who may say that there is a supernode; nobody named: all
+        self._server = None  # type: Optional[Server]
+
+    def serve(self, server: Server) -> None:
+        """Begin to answer."""
+        self._server = server
+        server.later(self._directory.interval_s, self._sweep)
+        server.start()
+
+    def stop(self) -> None:
+        """End, with all on disk."""
+        if self._server:
+            self._server.stop()
+        self._directory.save()
+
+    def _sweep(self) -> None:
+        assert self._server
+        self._server.later(self._directory.interval_s, self._sweep)
+        self._directory.sweep()
+
+    def heartbeat(self, request: Request) -> Response:
+        """POST /supernodes: a supernode registers, and says again and again that it is there.
+
+        Said: {port, ip? (else the caller's), label?, weight?, version?, load? {name: number}, leaving?}.  Answered: {interval}, the
+        seconds until it shall say so again.
+        """
+        if self._allowed and not self._allowed.has_address(request.client):
+            return Response.of_error(403, "%s may not register supernodes here (--supernodes)" % request.client)
+        self._directory.hear(request.json(), request.client)
+        return Response.of_json({"interval": self._directory.interval_s})
+
+    def nearest(self, request: Request) -> Response:
+        """GET /supernodes?ip=&label=: the supernodes for a client, nearest group first, and the seconds that this holds."""
+        query, directory = request.query, self._directory
+        nodes = [{"ip": entry.ip, "port": entry.port, "weight": entry.weight, "group": group, "label": "/".join(directory.where(entry)),
+                  "healthy": directory.healthy(entry), "load": entry.load}
+                 for group, entry in directory.near(query.get("ip") or request.client, query.get("label", ""))]
+        return Response.of_json({"refresh": self._refresh_s, "nodes": nodes})
+
+    def ping(self, _request: Request) -> Response:
+        """GET /_ping."""
+        return Response(200, b"OK", "text/plain")
+
+    def metrics(self, _request: Request) -> Response:
+        """GET /metrics, for Prometheus."""
+        assert self._server
+        lines = []
+        for entry in self._directory.entries():
+            labels = 'node="%s",label="%s"' % (entry, "/".join(self._directory.where(entry)))
+            lines.append("dfly_config_supernode_up{%s} %d" % (labels, self._directory.healthy(entry)))
+            lines += ['dfly_config_supernode_load{%s,what="%s"} %g' % (labels, name, value) for name, value in entry.load.items()]
+        lines += ['dfly_config_requests{call="%s"} %d' % item for item in sorted(self._server.requests.items())]
+        return Response(200, "".join(line + "\n" for line in lines).encode(), "text/plain; version=0.0.4")
+
+    def page(self, request: Request) -> Response:
+        """GET /: the supernodes, for people."""
+        import html
+        if request.rest:
+            return Response.of_error(404, "GET %.100s: no such thing here" % request.path)
+        entries, directory = self._directory.entries(), self._directory
+        heads = ("supernode", "where", "health", "last heard", "weight", "tasks", "peers", "sends", "version")
+        rows = ["<tr>%s</tr>" % "".join("<th>%s</th>" % head for head in heads)]
+        for entry in entries:
+            health = "leaves" if entry.leaving else "healthy" if directory.healthy(entry) else "silent"
+            load = entry.load
+            cells = (entry, "/".join(directory.where(entry)) or "-", health, show_time(directory.age(entry)) + " ago", entry.weight,
+                     "%d" % load.get("tasks", 0), "%d" % load.get("peers", 0), show_size(load.get("bytes_s", 0)) + "/s", entry.version)
+            rows.append("<tr%s>%s</tr>" % ("" if health == "healthy" else ' class="bad"', "".join("<td>%s</td>" % html.escape(str(c)) for c in cells)))
+        well = sum(directory.healthy(entry) for entry in entries)
+        text = "<!DOCTYPE html><html lang=en><title>dfly: supernodes</title><style>%s</style><h1>%d of %d supernodes healthy</h1><table>%s</table></html>\n" % (
+            self.STYLE, well, len(entries), "".join(rows))
+        return Response(200, text.encode(), "text/html; charset=utf-8",
+                        [("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'"), ("Cache-Control", "no-store")])
+
+
+def _ask_service(pool: Pool, service: Node, method: str, target: str, data: Any = None) -> Dict[str, Any]:
+    """Return what a Config Service answers.  Raises NetworkError."""
+    body = b"" if data is None else json.dumps(data).encode()
+    try:
+        status, text = pool.ask(service.host, service.port, method, target, [("Content-Type", "application/json")] if body else (), body)
+    except NetworkError as error:
+        raise NetworkError("Config Service %s" % error)
+    try:
+        answer = json.loads(text.decode())
+        if status == 200 and isinstance(answer, dict):
+            return answer
+    except (ValueError, RecursionError):
+        pass
+    raise NetworkError("Config Service %s answers %d: %.200s" % (service, status, text.decode("utf-8", "replace")))
+
+
+class Announcer:
+    """Tells a Config Service, from a thread of its own, that a supernode is here and how busy it is.
+
+    All belongs to that thread but _ended, an event.
+    """
+
+    def __init__(self, service: Node, about: Dict[str, Any], load: Callable[[], Dict[str, float]], log: Log,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self._service, self._about, self._log, self._clock = service, about, log, clock
+        self._load = load  # says tasks, peers and sent_bytes
+        self._ended = threading.Event()
+        self._pool = Pool(ASK_S, ASK_S)
+        self._interval_s = ASK_S  # until the service says another
+        self._heard = None  # type: Optional[bool]  # whether the last word arrived
+        self._sent = (clock(), 0.0)  # when, and the bytes sent until then
+        self._thread = threading.Thread(target=self._run, name="dfly-announcer", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Say good-bye, if the service listens, and end."""
+        self._ended.set()
+        self._thread.join(1.0)
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            self._say(self._words())
+            self._ended.wait(self._interval_s)
+        if self._heard:
+            self._say({"leaving": True})
+        self._pool.close()
+
+    def _words(self) -> Dict[str, Any]:
+        load, now = self._load(), self._clock()
+        sent, (then, before) = load.pop("sent_bytes"), self._sent
+        self._sent = (now, sent)
+        return {"load": dict(load, bytes_s=round((sent - before) / max(now - then, 0.001)))}
+
+    def _say(self, words: Dict[str, Any]) -> None:
+        try:
+            answer = _ask_service(self._pool, self._service, "POST", "/supernodes", dict(self._about, **words))
+            self._interval_s = _number(answer, "interval", 0.05, 3600, HEARTBEAT_S)
+            if not self._heard:
+                self._log.info("Config Service %s: %s", self._service, "registered" if self._heard is None else "is back")
+            self._heard = True
+        except (NetworkError, BadRequest) as error:
+            if self._heard is not False:
+                self._log.warn("%s; trying on", error)
+            self._heard = False
+
+
+class Kept(NamedTuple):
+    """A list of supernodes, and when (time.time) to ask for another."""
+
+    nodes: List[Node]
+    ask_at: float
+    why: str = ""  # it is not the service's newest
+
+
+class NodeList:
+    """The supernodes that a Config Service names for this host, also on disk, so that they are known while it is away.
+
+    _lock guards _kept and _followed.
+    """
+
+    def __init__(self, service: Node, folder: str, fallback: List[Node], label: str, ip: str, clock: Callable[[], float] = time.time) -> None:
+        self._service, self._label, self._ip = service, label, ip
+        self._fallback = fallback  # if neither the service nor the disk has any
+        self._path = os.path.join(folder, "supernodes.json")
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._kept = None  # type: Optional[Kept]
+        self._followed = False  # a thread sees to it that it stays fresh
+
+    def nodes(self, log: Log) -> List[Node]:
+        """Return them; asks the service only where ours are older than they may be.  Raises NetworkError when there are none."""
+        kept = self._known()
+        with self._lock:
+            followed = self._followed
+        if not kept or (not followed and not self._due(kept)):
+            kept = self._refresh(kept, log)
+        if not kept.nodes:
+            raise NetworkError(kept.why)
+        return kept.nodes
+
+    def follow(self, ended: threading.Event, log: Log) -> None:
+        """Keep the list fresh until something has ended: so no download waits for the service."""
+        with self._lock:
+            self._followed = True
+        kept = self._known()
+        while not ended.wait(self._due(kept) if kept else 0.0):
+            kept = self._refresh(kept, log)
+
+    def _due(self, kept: Kept) -> float:
+        """Return in how many seconds the service shall be asked again; 0.0 also where the clock has been put back."""
+        left = kept.ask_at - self._clock()
+        return left if 0 < left <= AGE_MOST_S else 0.0
+
+    def _known(self) -> Optional[Kept]:
+        """Return what was known last, here or by another process of the same home."""
+        with self._lock:
+            if not self._kept:
+                self._kept = self._read()
+            return self._kept
+
+    def _refresh(self, old: Optional[Kept], log: Log) -> Kept:
+        """Ask the service; what it does not say is as it was."""
+        try:
+            kept = self._ask()
+            if old and old.why:
+                log.info("Config Service %s is back", self._service)
+        except NetworkError as error:
+            nodes = old.nodes if old and old.nodes else self._fallback
+            kept = Kept(nodes, self._clock() + (RETRY_S if nodes else EMPTY_RETRY_S),
+                        "%s; %s" % (error, "going on with the supernodes known before" if nodes else "and no supernode is known from before"))
+            if not (old and old.why):
+                log.warn("%s", kept.why)
+        with self._lock:
+            self._kept = kept
+        if kept.nodes and kept.nodes is not self._fallback:
+            self._write(kept, log)
+        return kept
+
+    def _ask(self) -> Kept:
+        """Return the service's list.  Raises NetworkError."""
+        pool = Pool(ASK_S, ASK_S)
+        try:
+            answer = _ask_service(pool, self._service, "GET", "/supernodes?ip=%s&label=%s" % (quote(self._ip, safe=""), quote(self._label, safe="")))
+        finally:
+            pool.close()
+        try:
+            nodes = self._checked([[row["ip"], row["port"], row["weight"], row["group"]] for row in answer["nodes"]])
+            refresh_s = _number(answer, "refresh", 0.1, AGE_MOST_S, REFRESH_S)
+        except (KeyError, TypeError, ValueError, OverflowError, BadUsage, BadRequest) as error:
+            raise NetworkError("Config Service %s: an answer that makes no sense: %r" % (self._service, error))
+        if not nodes:
+            raise NetworkError("Config Service %s knows no supernode" % str(self._service))
+        return Kept(nodes, self._clock() + refresh_s)
+
+    @staticmethod
+    def _checked(rows: List[List[Any]]) -> List[Node]:
+        """Return the supernodes of rows from elsewhere.  Raises ValueError, TypeError, OverflowError, BadUsage."""
+        nodes = []
+        for host, port, weight, group in rows[:Directory.MOST]:
+            where = split_host(join_host(str(host), int(port)), SUPERNODE_PORT)
+            if not 1 <= int(weight) <= 9999 or not 0 <= int(group) <= Directory.MOST:
+                raise ValueError("weight %r, group %r" % (weight, group))
+            nodes.append(Node(where[0], where[1], int(weight), int(group)))
+        return nodes
+
+    def _read(self) -> Optional[Kept]:
+        """Return the list on disk, None when there is none for such a client as we are."""
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                data = json.load(file)
+            nodes = self._checked(data["nodes"]) if data["for"] == self._asker() else []
+            return Kept(nodes, float(data["ask_at"])) if nodes else None
+        except (OSError, KeyError, TypeError, ValueError, OverflowError, BadUsage):  # no list, or one that is no use: there will be another
+            return None
+
+    def _write(self, kept: Kept, log: Log) -> None:
+        rows = [list(node) for node in kept.nodes]
+        try:
+            make_folder(os.path.dirname(self._path))
+            write_whole(self._path, json.dumps({"for": self._asker(), "ask_at": kept.ask_at, "nodes": rows}).encode(), private=True)
+        except DflyError as error:
+            log.warn("the list of supernodes can't be kept: %s", error)
+
+    def _asker(self) -> List[str]:
+        """Return what the answer depends on."""
+        return [str(self._service), self._label, self._ip]
+
+
+# ==============================================================================
 # 23. Demo
 #    The main job on one machine, to see it work.
 # ==============================================================================
@@ -9660,7 +10154,7 @@ class Demo:
 #    Flags, the programs they start, and what a link's name means.
 # ==============================================================================
 
-USAGE = "dfly.py get | supernode | peer | daemon | status | preheat | demo | version   (--help after any of them)"
+USAGE = "dfly.py get | supernode | peer | daemon | config | status | preheat | demo | version   (--help after any of them)"
 
 
 def _flag(parser: Any, *names: str, **how: Any) -> None:
@@ -9705,8 +10199,8 @@ def _parse(parser: Any, section: str, arguments: List[str]) -> Any:
     given = [b for a, b in zip(arguments, arguments[1:]) if a == "--config"] + [a[9:] for a in arguments if a.startswith("--config=")]
     config = read_config(given[-1] if given else CONFIG, bool(given))
     flags = {name.lstrip("-"): action for action in parser._actions for name in action.option_strings if name.startswith("--")}
-    values = dict(config.get(section, {}))
-    for key, flag in (("address", "node"), ("compress", "compress")):
+    values = {"config-service" if key == "config" else key: value for key, value in config.get(section, {}).items()}
+    for key, flag in (("address", "node"), ("config", "config-service"), ("compress", "compress")):
         if key in config.get("node", {}) and flag in flags and section != "supernode":
             values.setdefault(flag, config["node"][key])
     for key, value in values.items():
@@ -9726,11 +10220,29 @@ def _parse(parser: Any, section: str, arguments: List[str]) -> Any:
     options = parser.parse_args(arguments)
     if hasattr(options, "home"):
         options.home = os.path.abspath(os.path.expanduser(options.home))
+    if "node" in flags and getattr(options, "config_service", None):
+        _with_service(options, parser, arguments, "node" in values)
     return options
 
 
 def _compress_flag(parser: Any) -> None:
     _flag(parser, "--compress", choices=("auto", "off"), default="auto", help="whether pieces travel compressed where a sample says that it pays (auto)")
+
+
+def _with_service(options: Any, parser: Any, arguments: List[str], configured: bool) -> None:
+    """Have the supernodes found by the Config Service, unless the command line names some; those of the configuration help out."""
+    parser.set_defaults(nodes=[])
+    if parser.parse_args(arguments).nodes:
+        options.config_service = None
+        return
+    known = NodeList(options.config_service, options.home, options.nodes if configured else [], options.location, options.ip)
+    options.find_nodes, options.follow_nodes = known.nodes, known.follow
+
+
+def _node_flags(parser: Any) -> None:
+    _flag(parser, "-n", "--node", dest="nodes", type=parse_nodes, default="127.0.0.1:8002", metavar="HOST[:PORT][=WEIGHT],…", help="supernodes")
+    _flag(parser, "--config-service", type=parse_service, default="", metavar="HOST[:PORT]", help="who knows the supernodes, where --node does not say")
+    parser.set_defaults(find_nodes=None, follow_nodes=None)
 
 
 def _common_peer_flags(parser: Any) -> None:
@@ -9754,7 +10266,7 @@ def get_parser(command: str) -> Any:
     _flag(parser, "-m", "--md5", default="", help="MD5 the whole file must have")
     _flag(parser, "-i", "--identifier", default="", metavar="ID", help="makes the same URL another task (not with --md5)")
     _flag(parser, "-f", "--filter", default="", metavar="a&b", help="query parameters that do not matter to which file it is")
-    _flag(parser, "-n", "--node", dest="nodes", type=parse_nodes, default="127.0.0.1:8002", metavar="HOST[:PORT][=WEIGHT],…", help="supernodes")
+    _node_flags(parser)
     _flag(parser, "-s", "--locallimit", type=parse_size, default=0, metavar="RATE", help="limit of this download, e.g. 20M (none)")
     _flag(parser, "--minrate", type=parse_size, default=64 << 10, metavar="RATE", help="slowest acceptable rate: sets --timeout (64K)")
     _flag(parser, "-e", "--exceed", "--timeout", dest="timeout", type=parse_duration, default=0.0, metavar="TIME",
@@ -9828,6 +10340,19 @@ def _accounts(text: str) -> Dict[str, str]:
     return found
 
 
+def _label(text: str) -> str:
+    try:
+        return "/".join(parse_label(text))
+    except BadRequest as error:
+        raise BadUsage(str(error))
+
+
+def _weight(text: str) -> int:
+    if not re.match(r"^[1-9]\d{0,3}$", text):
+        raise BadUsage("not a weight: %r (1 to 9999)" % text)
+    return int(text)
+
+
 def supernode_parser() -> Any:
     """Return the parser of `supernode`.  Wire: 9"""
     parser = _parser("dfly.py supernode", "Track, schedule and seed downloads.")
@@ -9859,6 +10384,9 @@ def supernode_parser() -> Any:
           help="with less free space, files unused for 2 h go (100G, or a quarter of a smaller disk)")
     _flag(parser, "--full-gc-threshold", type=parse_size, default=None, metavar="SIZE",
           help="with less free space, all go that are not in use (5G, or a twentieth of a smaller disk)")
+    _flag(parser, "--config-service", type=parse_service, default="", metavar="HOST[:PORT]", help="whom to tell that it is here (nobody)")
+    _flag(parser, "--location", type=_label, default="", metavar="SITE/RACK", help="where this host is, for the Config Service")
+    _flag(parser, "--weight", type=_weight, default=1, metavar="N", help="its share of the URLs, for the Config Service (1)")
     for name in ("--peer-gc-delay", "--gc-initial-delay", "--gc-meta-interval", "--gc-disk-interval"):
         _flag(parser, name, default="", metavar="X", help="accepted for compatibility")
     _flag(parser, "--cdn-pattern", choices=("local", "cdn"), default="local", help="accepted for compatibility")
@@ -9898,6 +10426,14 @@ def many_descriptors() -> None:
             pass
 
 
+def ended_by_signal() -> threading.Event:
+    """Return what SIGTERM and SIGINT set."""
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    return ended
+
+
 def _disk_rules(options: Any) -> DiskRules:
     """Return the rules for the disk of a cache, as far as they are not given made for its size.  Wire: 10.4"""
     stat = os.statvfs(options.home)
@@ -9928,15 +10464,19 @@ def run_supernode(arguments: List[str]) -> int:
     api_sock, piece_sock = listen(options.bind, options.port), listen(options.bind, options.download_port)
     api = Server(api_sock, Supernode.ROUTES, supernode, log, "api")
     pieces = Server(piece_sock, Supernode.PIECE_ROUTES, supernode, log, "pieces", TokenBucket(rate))
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
+    about = {"ip": ip, "port": api.address[1], "label": options.location, "weight": options.weight, "version": VERSION}
+    announcer = Announcer(options.config_service, about, supernode.load, log) if options.config_service else None
+    ended = ended_by_signal()
     supernode.serve(api, pieces)
     warm_up()
+    if announcer:
+        announcer.start()
     log.info("supernode %s on %s, %s", VERSION, join_host(ip, api.address[1]), accelerator())
     print("supernode listening on %s pieces on %s" % (join_host(ip, api.address[1]), join_host(ip, pieces.address[1])), flush=True)
     while not ended.wait(0.5):  # a signal that comes just before the wait would else be seen after it
         pass
+    if announcer:
+        announcer.stop()
     supernode.stop()
     lock.release()
     log.info("supernode ends")
@@ -9962,7 +10502,7 @@ def daemon_parser(command: str) -> Any:
     _flag(parser, "--port", type=_exiting(14, _port), default=DAEMON_PORT, metavar="PORT", help="to listen on (65001; 0: any)")
     _flag(parser, "--hostip", "--hostIp", default="127.0.0.1", metavar="IP", help="address to listen on (127.0.0.1)")
     _flag(parser, "--registry", default="https://index.docker.io", metavar="URL", help="whose mirror this is (https://index.docker.io)")
-    _flag(parser, "-n", "--node", dest="nodes", type=parse_nodes, default="127.0.0.1:8002", metavar="HOST[:PORT][=WEIGHT],…", help="supernodes")
+    _node_flags(parser)
     _flag(parser, "--proxy", action="append", default=[], metavar="'REGEX [direct] [use_https] [redirect=HOST]'",
           help="rule for what is proxied; may be repeated, the first that matches counts, without one it goes straight")
     _flag(parser, "--mirror", action="append", default=[], metavar="'NAME=URL [insecure] [cacerts=FILE,…]'",
@@ -10019,8 +10559,8 @@ def _from_dfget_flags(flags: List[str]) -> List[str]:
     given, arguments = parser.parse_args([str(flag) for flag in flags]), []
     for name, flag in (("ip", "--ip"), ("port", "--peerport"), ("expiretime", "--expiretime"), ("filter", "--urlfilter"), ("locallimit", "--ratelimit"),
                        ("totallimit", "--ratelimit"), ("callsystem", "--callsystem"), ("home", "--home"), ("location", "--location"),
-                       ("compress", "--compress")):
-        if getattr(given, name) != parser.get_default(name):
+                       ("compress", "--compress"), ("config_service", "--config-service")):
+        if getattr(given, name) not in (None, parser.get_default(name)):
             arguments += [flag, str(getattr(given, name))]
     if given.nodes != parse_nodes(parser.get_default("nodes")):
         arguments += ["--node", ",".join("%s=%d" % (node, node.weight) for node in given.nodes)]
@@ -10074,6 +10614,7 @@ def _daemon_options(options: Any, trust: Callable[[str], Tuple[bool, List[str]]]
     import copy
     template = _parse(get_parser("dfly.py daemon"), "get", ["--config", options.config] if options.config else [])
     template.home, template.nodes, template.ip, template.location = options.home, options.nodes, options.ip, options.location or template.location
+    template.find_nodes = options.find_nodes
     template.port, template.expiretime = options.peerport, options.expiretime
     template.locallimit = template.totallimit = options.ratelimit
     template.filter, template.callsystem, template.notbs, template.dfdaemon = options.urlfilter, options.callsystem, options.notbs, True
@@ -10210,17 +10751,56 @@ def run_daemon(arguments: List[str], old: bool) -> int:
     settings = {name: value for name, value in vars(options).items() if isinstance(value, (str, int, float, list)) and name != "nodes"}
     blobs = Blobs(options.localrepo, log, options_for, options.expiretime, companion.port)
     daemon = Daemon(registries, rules, selected, opened, authority, options.small, upstream, blobs, log,
-                    dict(settings, nodes=[str(node) for node in options.nodes]))
+                    dict(settings, nodes=[str(node) for node in options.nodes], config_service=str(options.config_service or "")))
     door = Doorway(sock, daemon, log)
     _not_through_us((options.hostip, "127.0.0.1", "localhost"), door.address[1])
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
+    ended = ended_by_signal()
+    if options.follow_nodes:
+        threading.Thread(target=options.follow_nodes, args=(ended, log), name="dfly-nodes", daemon=True).start()
     threading.Thread(target=companion.port, name="dfly-companion", daemon=True).start()  # the first blob would wait for it
     warm_up()
     sys.setswitchinterval(0.0005)  # a dozen threads work on one blob, and the one that sends it on should not be the last to know
     daemon.serve(door, ended)
     companion.close()
+    lock.release()
+    log.close()
+    return 0
+
+
+def config_parser() -> Any:
+    """Return the parser of `config`."""
+    parser = _parser("dfly.py config", "Be the Config Service: know which supernodes there are, and tell clients the nearest.")
+    _flag(parser, "--home", metavar="FOLDER", default="~/.small-dragonfly/config", help="what it knows, and logs")
+    _flag(parser, "--port", type=_port, default=CONFIG_PORT, help="to listen on (8004; 0: any)")
+    _flag(parser, "--bind", "--ip", default="", metavar="IP", help="address to listen on (all)")
+    _flag(parser, "--subnet", action="append", default=[], metavar="NETWORK=SITE/RACK", help="where hosts that do not say it are; may be repeated")
+    _flag(parser, "--supernodes", type=HostList, default="", metavar="NETWORK,…", help="from where supernodes may register (all)")
+    _flag(parser, "--interval", type=parse_duration, default=HEARTBEAT_S, help="between two words of a supernode; after three it is unhealthy (10s)")
+    _flag(parser, "--refresh", type=parse_duration, default=REFRESH_S, help="how long clients use the same list (1m)")
+    return parser
+
+
+def run_config(arguments: List[str]) -> int:
+    """`config`: serve until a signal comes."""
+    options = _parse(config_parser(), "config", arguments)
+    if not 0.05 <= options.interval <= 3600 or not 0.1 <= options.refresh <= AGE_MOST_S:
+        raise BadUsage("--interval is 50ms to 1h, --refresh 100ms to 24h")
+    many_descriptors()
+    subnets = Subnets(options.subnet)
+    lock = FileLock(os.path.join(make_folder(options.home), "config.lock"))
+    if not lock.acquire(2.0):
+        raise CannotWrite("%s: another Config Service uses this home" % options.home)
+    log = Log(os.path.join(options.home, "logs", "config.log"), str(os.getpid()))
+    service = ConfigService(Directory(os.path.join(options.home, "supernodes.json"), subnets, options.interval, log), options.refresh, options.supernodes)
+    server = Server(listen(options.bind, options.port), ConfigService.ROUTES, service, log, "config")
+    ended = ended_by_signal()
+    service.serve(server)
+    where = join_host(options.bind or first_address(), server.address[1])
+    log.info("Config Service %s on %s", VERSION, where)
+    print("config service listening on %s" % where, flush=True)
+    while not ended.wait(0.5):  # as in a supernode
+        pass
+    service.stop()
     lock.release()
     log.close()
     return 0
@@ -10357,7 +10937,7 @@ def run_version(_arguments: List[str]) -> int:
 
 
 COMMANDS = {"get": lambda arguments: run_get(arguments, old=False), "supernode": run_supernode, "peer": run_peer,
-            "daemon": lambda arguments: run_daemon(arguments, old=False), "status": run_status, "preheat": run_preheat,
+            "daemon": lambda arguments: run_daemon(arguments, old=False), "config": run_config, "status": run_status, "preheat": run_preheat,
             "demo": run_demo, "version": run_version}  # type: Dict[str, Callable[[List[str]], int]]
 
 

@@ -96,7 +96,7 @@ def test_dfdaemon_is_known(world, link):
     assert "Traceback" not in result.out and result.code in (0, 2), result.out
 
 
-@pytest.mark.parametrize("arguments", [["bogus"], [], ["get", "--help"], ["supernode", "--help"], ["peer", "--help"], ["demo", "--help"], ["--help"]])
+@pytest.mark.parametrize("arguments", [["bogus"], [], ["get", "--help"], ["supernode", "--help"], ["peer", "--help"], ["demo", "--help"], ["config", "--help"], ["--help"]])
 def test_the_command_line_explains_itself(world, arguments):
     result = world.run(*arguments)
     assert result.code == (0 if "--help" in arguments else 2) and result.out.strip() and "Traceback" not in result.out, result.out
