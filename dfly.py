@@ -9573,9 +9573,13 @@ class Subnets:
             except (ValueError, BadRequest):
                 raise BadUsage("not a rule for a subnet: %r (write 10.1.0.0/16=site/rack)" % rule)
         self._rules.sort(key=lambda rule: -rule[0].prefixlen)
+        self._find_again = functools.lru_cache(maxsize=4096)(self._find)  # each answer has every supernode's
 
     def label(self, ip: str) -> Tuple[str, ...]:
         """Return where an address is, () where no rule says it.  Raises BadRequest."""
+        return self._find_again(ip)
+
+    def _find(self, ip: str) -> Tuple[str, ...]:
         import ipaddress
         try:
             address = ipaddress.ip_address(ip.split("%")[0])
@@ -10791,7 +10795,7 @@ def run_config(arguments: List[str]) -> int:
     if not lock.acquire(2.0):
         raise CannotWrite("%s: another Config Service uses this home" % options.home)
     log = Log(os.path.join(options.home, "logs", "config.log"), str(os.getpid()))
-    service = ConfigService(Directory(os.path.join(options.home, "supernodes.json"), subnets, options.interval, log), options.refresh, options.supernodes)
+    service = ConfigService(Directory(os.path.join(options.home, "directory.json"), subnets, options.interval, log), options.refresh, options.supernodes)
     server = Server(listen(options.bind, options.port), ConfigService.ROUTES, service, log, "config")
     ended = ended_by_signal()
     service.serve(server)

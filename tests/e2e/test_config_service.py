@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import signal
 
 import pytest
 
@@ -117,6 +118,20 @@ def test_clients_go_on_without_the_service(service, origin, supernode, host, blo
     failed = bad(get(other, origin.put("i", data), *flags), 4)
     assert "Config Service %s: Connection refused; and no supernode is known" % here.where in failed.last, failed.out
     assert went_to(good(get(other, origin.put("j", data), *flags[:-1]), data)) == [], "straight from the origin"
+
+
+def test_a_service_that_hangs_holds_nobody_up_for_long(service, origin, supernode, host, blob):
+    here = service("--refresh", "100ms", "--interval", "100ms")
+    (a,) = sited(supernode, here, "a")
+    data, one = blob(MB), host()
+    flags = ("--config-service", here.where, "--notbs")
+    good(get(one, origin.put("f", data), *flags), data)
+    os.kill(here.pid, signal.SIGSTOP)
+    for name in ("g", "h"):
+        assert went_to(good(get(one, origin.put(name, data), *flags, out=name), data)) == [a.node]
+    assert text_of(one.home, "logs", "dfclient.log").count("is silent; going on with") == 1, "asked again at once"
+    wait_for(lambda: "is silent; trying on" in log_of(a), 20, "the supernode's complaint")
+    assert a.stop() == 0
 
 
 def test_a_restarted_service_knows_the_supernodes(service, supernode):
