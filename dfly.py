@@ -417,6 +417,8 @@ class Metrics:
         ("dfly_daemon_kept_blobs", "Blobs that are here."),
         ("dfly_daemon_received_bytes_total", "Bytes of blobs received, by source."),
         ("dfly_uploader_tasks", "Files that this host offers."),
+        ("dfly_config_supernode_up", "Whether a supernode is heard of regularly."),
+        ("dfly_config_supernode_load", "What a supernode says of its load."),
     ))
 
     def __init__(self) -> None:
@@ -434,11 +436,12 @@ class Metrics:
             self._counts[name + "_sum", ()] += seconds
             self._counts[name + "_count", ()] += 1
 
-    def text(self, *now: Tuple[str, float], calls: Optional[Dict[str, int]] = None) -> str:
-        """Return all in Prometheus' text form, with what is so `now`, as (name, value), and requests by call."""
+    def text(self, *now: Any, calls: Optional[Dict[str, int]] = None) -> str:
+        """Return all in Prometheus' text form, with what is so `now`, as (name, value) or (name, value, labels), and requests by call."""
         with self._lock:
             found = dict(self._counts)
-        found.update({(name, ()): value for name, value in now})
+        for name, value, *labels in now:
+            found[name, tuple(sorted(labels[0].items()) if labels else ())] = value
         found.update({("dfly_requests_total", (("call", call),)): count for call, count in (calls or {}).items()})
         lines = []
         for name, about in self.HELP.items():
@@ -2420,6 +2423,24 @@ class Pool:
                 for link in links:
                     link.close()
             self._idle.clear()
+
+
+def ask_json(pool: Pool, node: Node, method: str, target: str, data: Any = None, who: str = "supernode") -> Dict[str, Any]:
+    """Return what a program of ours answers.  Raises NetworkError, and BadRequest where it refuses."""
+    body = b"" if data is None else json.dumps(data).encode()
+    try:
+        code, text = pool.ask(node.host, node.port, method, target, [("Content-Type", "application/json")] if body else (), body)
+    except NetworkError as error:
+        raise type(error)("%s %s" % (who, error))
+    try:
+        found = json.loads(text.decode())
+    except (ValueError, RecursionError):
+        found = None
+    if code < 400 and isinstance(found, dict):
+        return found
+    if isinstance(found, dict) and (found.get("message") or found.get("msg")):
+        raise BadRequest("%s %s answers %d: %.300s" % (who, node, code, found.get("message") or found.get("msg")))
+    raise NetworkError("%s %s answers %d: %.200s" % (who, node, code, text.decode("utf-8", "replace")))
 
 
 # ==============================================================================
@@ -9730,6 +9751,8 @@ class ConfigService:
     ROUTES = (
         Route("POST", "/supernodes", "heartbeat"),
         Route("GET", "/supernodes", "nearest"),
+        Route("POST", "/preheats", "preheat"),
+        Route("GET", "/preheats/", "preheat_info"),
         Route("GET", "/metrics", "metrics"),
         Route("GET", "/_ping", "ping"),
         Route("GET", "/", "page"),
@@ -9784,13 +9807,66 @@ class ConfigService:
     def metrics(self, _request: Request) -> Response:
         """GET /metrics, for Prometheus."""
         assert self._server
-        lines = []
+        rows = []  # type: List[Any]
         for entry in self._directory.entries():
-            labels = 'node="%s",label="%s"' % (entry, "/".join(self._directory.where(entry)))
-            lines.append("dfly_config_supernode_up{%s} %d" % (labels, self._directory.healthy(entry)))
-            lines += ['dfly_config_supernode_load{%s,what="%s"} %g' % (labels, name, value) for name, value in entry.load.items()]
-        lines += ['dfly_config_requests{call="%s"} %d' % item for item in sorted(self._server.requests.items())]
-        return Response(200, "".join(line + "\n" for line in lines).encode(), "text/plain; version=0.0.4")
+            labels = {"node": str(entry), "label": "/".join(self._directory.where(entry))}
+            rows.append(("dfly_config_supernode_up", self._directory.healthy(entry), labels))
+            rows += [("dfly_config_supernode_load", value, dict(labels, what=name)) for name, value in entry.load.items()]
+        return Response.of_metrics(METRICS.text(*rows, calls=self._server.requests))
+
+    def preheat(self, request: Request) -> Any:
+        """POST /preheats: as a supernode's, for all healthy ones, or those at `label`: {ID, supernodes: {address: what each answers}}."""
+        data = request.json()
+        label = parse_label(str(data.pop("label", "")))
+        nodes = self._healthy(label)
+        if not nodes:
+            return Response.of_error(503, "no healthy supernode %s" % ("at " + "/".join(label) if label else "is known"))
+        return self._forward(nodes, "POST", "/preheats", data, self._begun)
+
+    def preheat_info(self, request: Request) -> Any:
+        """GET /preheats/{id}: as a supernode's, SUCCESS once it is so on all that know it; with `supernodes` as above."""
+        return self._forward(self._healthy(()), "GET", "/preheats/" + quote(request.rest, safe=""), None, self._standing)
+
+    def _healthy(self, label: Tuple[str, ...]) -> List[Node]:
+        return [Node(entry.ip, entry.port) for entry in self._directory.entries()
+                if self._directory.healthy(entry) and self._directory.where(entry)[:len(label)] == label]
+
+    @staticmethod
+    def _forward(nodes: List[Node], method: str, target: str, data: Any, answer: Callable[[Dict[str, Any]], Response]) -> Any:
+        """Return an Aside that asks these supernodes, and makes the answer from theirs by address."""
+        def ask(node: Node) -> Tuple[str, Dict[str, Any]]:
+            pool = Pool(10.0, ASK_S)
+            try:
+                return str(node), ask_json(pool, node, method, target, data)
+            except DflyError as error:
+                return str(node), {"code": getattr(error, "status", 0), "message": str(error)}
+            finally:
+                pool.close()
+
+        def make(_request: Request) -> Response:
+            from concurrent.futures import ThreadPoolExecutor
+            with ThreadPoolExecutor(16) as pool:
+                return answer(dict(pool.map(ask, nodes)))
+
+        return Aside(make, Response.of_error(503, "busy"))
+
+    @staticmethod
+    def _begun(found: Dict[str, Any]) -> Response:
+        numbers = [said["ID"] for said in found.values() if "ID" in said]
+        if not numbers:
+            return Response.of_error(502, next(str(said.get("message")) for said in found.values()))
+        return Response.of_json({"ID": numbers[0], "supernodes": found}, 201)
+
+    @staticmethod
+    def _standing(found: Dict[str, Any]) -> Response:
+        known = {node: said for node, said in found.items() if "status" in said}
+        if not known:
+            return Response.of_error(404, "no supernode knows such a preheat")
+        states = [said["status"] for said in known.values()]
+        status = next((state for state in (Preheat.RUNNING, Preheat.WAITING, Preheat.FAILED) if state in states), Preheat.SUCCESS)
+        errors = ["%s: %s" % (node, said["errorMsg"]) for node, said in known.items() if said.get("errorMsg")]
+        number = next(iter(known.values()))["ID"]
+        return Response.of_json(dict({"ID": number, "status": status, "supernodes": known}, **({"errorMsg": "; ".join(errors)} if errors else {})))
 
     def page(self, request: Request) -> Response:
         """GET /: the supernodes, for people."""
@@ -9815,18 +9891,10 @@ class ConfigService:
 
 def _ask_service(pool: Pool, service: Node, method: str, target: str, data: Any = None) -> Dict[str, Any]:
     """Return what a Config Service answers.  Raises NetworkError."""
-    body = b"" if data is None else json.dumps(data).encode()
     try:
-        status, text = pool.ask(service.host, service.port, method, target, [("Content-Type", "application/json")] if body else (), body)
-    except NetworkError as error:
-        raise NetworkError("Config Service %s" % error)
-    try:
-        answer = json.loads(text.decode())
-        if status == 200 and isinstance(answer, dict):
-            return answer
-    except (ValueError, RecursionError):
-        pass
-    raise NetworkError("Config Service %s answers %d: %.200s" % (service, status, text.decode("utf-8", "replace")))
+        return ask_json(pool, service, method, target, data, "Config Service")
+    except BadRequest as error:
+        raise NetworkError(str(error))
 
 
 class Announcer:
@@ -10224,7 +10292,7 @@ def _parse(parser: Any, section: str, arguments: List[str]) -> Any:
     options = parser.parse_args(arguments)
     if hasattr(options, "home"):
         options.home = os.path.abspath(os.path.expanduser(options.home))
-    if "node" in flags and getattr(options, "config_service", None):
+    if "find_nodes" in options and options.config_service:
         _with_service(options, parser, arguments, "node" in values)
     return options
 
@@ -10853,6 +10921,8 @@ def preheat_parser() -> Any:
     parser = _parser("dfly.py preheat", "Have a file or an image on the supernodes before anybody asks for it.")
     parser.add_argument("what", metavar="URL|IMAGE", help="http(s) URL of a file or a manifest, or an image as docker names it")
     _flag(parser, "-n", "--node", dest="nodes", type=parse_nodes, default="127.0.0.1:8002", metavar="HOST[:PORT][=WEIGHT],…", help="supernodes: all of them")
+    _flag(parser, "--config-service", type=parse_service, default="", metavar="HOST[:PORT]", help="who knows the supernodes, where --node does not say")
+    _flag(parser, "--location", type=_label, default="", metavar="SITE/RACK", help="those that the Config Service knows there only")
     _flag(parser, "-f", "--filter", default="", metavar="a&b", help="query parameters that do not matter to which file it is")
     _flag(parser, "-i", "--identifier", default="", metavar="ID", help="makes the same URL another task")
     _flag(parser, "--header", action="append", default=[], metavar="'NAME: VALUE'", help="header for the origin or the registry; may be repeated")
@@ -10873,9 +10943,12 @@ def run_preheat(arguments: List[str]) -> int:
         headers["Authorization"] = list(_accounts("x=" + options.user).values())[0]
     order = {"type": "image" if re.search(r"/v2/.+/manifests/[^/?#]+$", url) else "file", "url": url, "filter": options.filter,
              "identifier": options.identifier, "headers": headers, "insecure": options.insecure}
+    nodes = options.nodes
+    if options.config_service and not any(word == "-n" or word.startswith("--node") for word in arguments):
+        nodes, order["label"] = [options.config_service], options.location
     pool = Pool(10.0, 3.0)
     try:
-        begun = [(node, str(_ask_json(pool, node, "POST", "/preheats", order).get("ID"))) for node in options.nodes]
+        begun = [(node, str(ask_json(pool, node, "POST", "/preheats", order).get("ID"))) for node in nodes]
         deadline = time.monotonic() + options.timeout
         for node, number in begun:
             if options.no_wait:
@@ -10887,26 +10960,12 @@ def run_preheat(arguments: List[str]) -> int:
     return 0
 
 
-def _ask_json(pool: Pool, node: Node, method: str, target: str, data: Any = None) -> Dict[str, Any]:
-    """Return what a supernode answers.  Raises NetworkError, and BadRequest where it refuses."""
-    code, text = pool.ask(node.host, node.port, method, target, [("Content-Type", "application/json")], b"" if data is None else json.dumps(data).encode())
-    try:
-        found = json.loads(text.decode())
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise NetworkError("supernode %s answers %d, and not as one does" % (node, code))
-    if code >= 400:
-        raise BadRequest("supernode %s: %s" % (node, found.get("message") or found.get("msg") or code))
-    return found
-
-
 def _await_preheat(pool: Pool, node: Node, number: str, deadline: float) -> None:
     """Wait for the end of a preheat, and say how it was.  Raises SourceError, TimedOut."""
     began = told = time.monotonic()
     pause = 0.05
     while True:
-        found = _ask_json(pool, node, "GET", "/preheats/" + number)
+        found = ask_json(pool, node, "GET", "/preheats/" + number)
         now = time.monotonic()
         if found.get("status") == Preheat.SUCCESS:
             print("%s: there, after %.1f s" % (node, now - began), flush=True)

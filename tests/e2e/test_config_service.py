@@ -92,7 +92,7 @@ def test_a_killed_supernode_s_clients_go_to_the_other(service, origin, supernode
     a.kill()
     assert went_to(good(get(early, origin.put("g", data), *flags, "--notbs", out="g"), data)) == [b.node], "by the list it has"
     wait_for(lambda: here.near("a") == [b.node], 30, "three heartbeats missed")
-    assert "silent" in here.ask("GET", "/").body.decode() and '"127.0.0.1:%d",label="a"} 0' % a.port in here.ask("GET", "/metrics").body.decode()
+    assert "silent" in here.ask("GET", "/").body.decode() and 'label="a",node="127.0.0.1:%d"} 0' % a.port in here.ask("GET", "/metrics").body.decode()
     late = host()
     assert went_to(good(get(late, origin.put("h", data), *flags, "--notbs"), data)) == [b.node]
     assert str(a.port) not in text_of(late.home, "supernodes.json"), "by a new list"
@@ -287,3 +287,32 @@ def test_an_answer_that_makes_no_sense_is_as_good_as_none(origin, host, blob, an
     url = origin.put("supernodes", json.dumps(answer).encode())
     result = good(get(one, origin.put("f", data), "--config-service", url.split("/")[2]), data)
     assert "Config Service" in result.stdout and not os.path.exists(os.path.join(one.home, "supernodes.json")), result.out
+
+
+def test_a_preheat_given_to_the_service_reaches_all_supernodes_or_those_of_a_site(world, service, supernode, origin, blob):
+    known = service()
+    a, b = sited(supernode, known, "a/1", "b/1")
+    url = origin.put("f", blob(MB))
+    result = world.run("preheat", url, "--config-service", known.where, "--location", "b")
+    assert result.code == 0 and "there, after" in result.out, result.out
+    number = json.loads(b.ask("GET", "/preheats").body.decode())[0]["ID"]
+    assert json.loads(a.ask("GET", "/preheats").body.decode()) == []
+    assert origin.gets("f") == 1
+    answer = known.ask("POST", "/preheats", {"type": "file", "url": url})
+    assert answer.status == 201 and answer.json["ID"] == number and set(answer.json["supernodes"]) == {a.node, b.node}
+    wait_for(lambda: known.ask("GET", "/preheats/" + number).json.get("status") == "SUCCESS", 20)
+    assert set(known.ask("GET", "/preheats/" + number).json["supernodes"]) == {a.node, b.node}
+    assert origin.gets("f") == 2
+
+
+def test_a_preheat_that_nobody_can_take(world, service, supernode, origin):
+    known = service()
+    answer = known.ask("POST", "/preheats", {"type": "file", "url": "http://x/y"})
+    assert answer.status == 503 and "no healthy supernode" in answer.json["message"]
+    sited(supernode, known, "a")
+    assert known.ask("POST", "/preheats", {"type": "dir", "url": "http://x/y"}).status == 502
+    assert known.ask("POST", "/preheats", {"type": "file", "url": "http://x/y", "label": "nowhere"}).status == 503
+    assert known.ask("GET", "/preheats/" + "0" * 64).status == 404
+    url = origin.put("f", status=404)
+    result = bad(world.run("preheat", url, "--config-service", known.where))
+    assert "404" in result.out and len(result.out.strip().splitlines()) == 1
