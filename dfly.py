@@ -4638,6 +4638,10 @@ class CdnEvents:
     def on_end(self, task: "CdnTask") -> None:
         """The fetch is over: `state` and `error` say how."""
 
+    def on_full(self, task: "CdnTask") -> bool:
+        """There is no room for it: let go of the longest unused task that nobody downloads; return whether there was one."""
+        return False
+
 
 class CdnTask:
     """The supernode's own copy of one task.  _lock guards state, error, store and _thread."""
@@ -4766,6 +4770,7 @@ class CdnTask:
     def _end(self, state: str, error: Optional[DflyError]) -> None:
         with self._lock:
             self.state, self.error, self.ended_at = state, error, time.monotonic()
+        self._cdn.ended(self.task_id)
         METRICS.add("dfly_tasks_ended_total", result=state.lower())
         self._cdn.log.info("task %s %s: %s", self.task_id, state, error or self.url)
         self._events.on_end(self)
@@ -4852,7 +4857,7 @@ class CdnTask:
         about = {"task": self.task_id, "url": self.url, "version": reply.version}
         try:
             if reply.length:
-                self._cdn.make_room(reply.length, self.task_id)
+                self._cdn.make_room(reply.length, self.task_id, lambda: self._events.on_full(self))
             store = TaskFile.create(self.path, self.path + ".journal", about, reply.length, size)
         except DflyError:
             reply.close()
@@ -4900,7 +4905,7 @@ class CdnTask:
 
 
 class Cdn:
-    """The cache folder of a supernode: where tasks lie, which may go.  _lock guards _tasks."""
+    """The cache folder of a supernode: where tasks lie, which may go.  _lock guards _tasks and _reserved."""
 
     LOOK_S = 15.0  # between two looks at the disk.  Wire: 10.4
 
@@ -4909,6 +4914,8 @@ class Cdn:
         self.log, self.bucket = log, bucket
         self.retry_s = retry_s  # how long a failure stands before the origin is asked again
         self.rules, self.turns = rules, turns
+        self._making_room = threading.Lock()  # one at a time looks what is free
+        self._reserved = {}  # type: Dict[str, int]  # bytes for which room was made, by task, until its fetch ends
         self._lock = threading.Lock()
         self._tasks = {}  # type: Dict[str, CdnTask]
         self._ended = threading.Event()
@@ -5020,35 +5027,50 @@ class Cdn:
             if self._sacrifice(path, size, why):
                 used -= size
 
-    def _promised_locked(self, task_id: str) -> int:
+    def _promised(self, task_id: str) -> int:
         """Return the bytes that other fetches will still write."""
-        stores = [task.store for task in self._tasks.values() if task.store and task.task_id != task_id and task.state == task.RUNNING]
-        return sum(max(0, (store.layout.length or 0) - store.kept_bytes) for store in stores)
+        with self._lock:
+            stores = [(need, self._tasks[other].store) for other, need in self._reserved.items() if other in self._tasks and other != task_id]
+        return sum(max(0, need - (store.kept_bytes if store else 0)) for need, store in stores)
 
-    def make_room(self, need: int, task_id: str) -> None:
+    def ended(self, task_id: str) -> None:
+        """A fetch has ended: what room was made for and is not on the disk is free again."""
+        with self._lock:
+            self._reserved.pop(task_id, None)
+
+    def make_room(self, need: int, task_id: str, let_go: Callable[[], bool] = lambda: False) -> None:
         """Remove the longest unused files until `need` bytes and the reserve are free, and all fits into the capacity.
 
-        What the task itself has on disk counts as free, what other fetches will still write does not.  Raises NoSpace when all that is
-        not enough.
+        What the task itself has on disk counts as free, what other fetches will still write does not.  When no file is left,
+        `let_go` may make one unused, and says whether it has.  Raises NoSpace when all that is not enough.
         """
+        with self._making_room:
+            room = self._make_room(need + max(64 << 10, need >> 8), task_id, let_go)  # there are journals and logs, too
+            if room + self.rules.reserve < need:  # what is left free for others is taken before a fetch fails
+                raise NoSpace(self.folder, need, max(0, room))
+            with self._lock:
+                self._reserved[task_id] = need
+
+    def _make_room(self, need: int, task_id: str, let_go: Callable[[], bool]) -> int:
+        """Return the bytes free for the task, the reserve left out, once that is enough or nothing more can go."""
         own = os.path.join(self.folder, task_id[:3], task_id)
         have = os.stat(own).st_blocks * 512 if os.path.exists(own) else 0
-        with self._lock:
-            promised = self._promised_locked(task_id)
-        used = sum(size for _, size, _ in self._files()) - have + promised
-
-        def free() -> int:
-            return free_bytes(self.folder) + have - promised
-
-        for _, size, path in self.idle_files():
-            if free() >= need + self.rules.reserve and not (self.rules.capacity and used + need > self.rules.capacity):
-                return
-            if path != own and self._sacrifice(path, size, "room"):
-                used -= size
-        if free() < need:
-            raise NoSpace(self.folder, need, free())
-        if self.rules.capacity and used + need > self.rules.capacity:
-            raise NoSpace(self.folder, need, max(0, self.rules.capacity - used))
+        while True:
+            promised = self._promised(task_id)  # before what is on the disk is looked at: what comes meanwhile counts twice, not never
+            idle = collections.deque(file for file in self.idle_files() if file[2] != own)
+            used = sum(size for _, size, _ in self._files()) + promised - have
+            while True:
+                promised = self._promised(task_id)
+                room = free_bytes(self.folder) - promised + have - self.rules.reserve
+                room = min(room, self.rules.capacity - used) if self.rules.capacity else room
+                if room >= need:
+                    return room
+                if not idle:
+                    break
+                _, size, path = idle.popleft()
+                used -= size if self._sacrifice(path, size, "room") else 0
+            if not let_go():
+                return room
 
 
 # ==============================================================================
@@ -5249,6 +5271,16 @@ class Swarm(CdnEvents):
         if task.state == task.FAILED and task.store:
             for num in range(min(task.store.layout.count or 0, MAX_COUNT)):
                 self._notify_pieces(("piece", task.task_id, num))
+
+    def on_full(self, task: CdnTask) -> bool:
+        """There is no room on the disk: whatever nobody downloads just now may go."""
+        with self.lock:
+            idle = [other for other in self.tasks.values() if other.task_id != task.task_id and other.cdn.state != CdnTask.RUNNING
+                    and all(peer.finished for peer in other.peers.values())]
+            if not idle:
+                return False
+            self.forget_locked(min(idle, key=lambda other: other.used_at))
+            return True
 
     def _judge(self, task: SwarmTask) -> None:
         """Hold a file that is here against what it must be.  Raises WrongBytes, CannotRead, NoMd5."""

@@ -63,11 +63,22 @@ def test_what_is_in_use_stays(tmp_path):
 
 
 def test_room_is_made_for_the_next_and_what_can_t_fit_is_refused(tmp_path):
-    cdn = cache(tmp_path, dfly.DiskRules(capacity=100 << 10), [(1, 40 << 10), (2, 40 << 10)])
-    cdn.make_room(50 << 10, "f" * 64)
+    cdn = cache(tmp_path, dfly.DiskRules(capacity=1000 << 10), [(1, 400 << 10), (2, 400 << 10)])
+    cdn.make_room(500 << 10, "f" * 64)
     assert left(cdn) == [0]
     with pytest.raises(dfly.NoSpace):
-        cdn.make_room(101 << 10, "f" * 64)
+        cdn.make_room(1001 << 10, "f" * 64)
+
+
+def test_what_other_fetches_will_still_write_is_not_free(tmp_path):
+    cdn = cache(tmp_path, dfly.DiskRules(capacity=1000 << 10), [])
+    for name in ("a", "b"):
+        cdn.task(name * 64, "http://x/y", dfly.CdnEvents())
+    cdn.make_room(600 << 10, "a" * 64)
+    with pytest.raises(dfly.NoSpace):
+        cdn.make_room(600 << 10, "b" * 64)
+    cdn.ended("a" * 64)
+    cdn.make_room(600 << 10, "b" * 64)
 
 
 def test_turns_are_kept_for_all_and_for_each_origin():
