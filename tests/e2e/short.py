@@ -1,6 +1,6 @@
 """The short end-to-end pass, for every Python 3.6 to 3.13: `PYTHON tests/e2e/short.py`.  Needs nothing but the standard library.
 
-One origin, one supernode, two hosts; a resume after SIGKILL; a download back to source.  Prints one line.
+One origin, one supernode, two hosts; a resume after SIGKILL; a log over a slow link, compressed; a download back to source.  Prints one line.
 """
 import os
 import sys
@@ -32,6 +32,13 @@ def resume(world, origin, node, data):
     assert origin.bytes_sent("r") == len(data), origin.log
 
 
+def compressed(world, origin, node):
+    """What shrinks takes fewer bytes where a limit makes the link slow."""
+    data, before = b"".join(b"%08d a line of a log\n" % i for i in range(4 * MB // 27)), node.bytes_sent()
+    good(world.host().get(origin.put("log", data), "-s", "1M"), data)
+    assert node.bytes_sent() - before < 0.7 * len(data), node.metrics()
+
+
 def back_to_source(world, origin, node, data):
     """No supernode, so the origin itself serves."""
     node.stop()
@@ -48,6 +55,7 @@ def main():
         origin, node = world.origin(), world.supernode()
         two_hosts(world, origin, data)
         resume(world, origin, node, data)
+        compressed(world, origin, node)
         back_to_source(world, origin, node, data)
     except Exception as error:
         failure = "%s: %s\n%s" % (type(error).__name__, error, world.report())
@@ -55,7 +63,7 @@ def main():
     if failure or complaints:
         print("FAILED: " + "\n".join([failure or ""] + complaints))
         return 1
-    print("%d.%d.%d: two hosts, resume and back to source in %.1f s" % (sys.version_info[:3] + (time.monotonic() - began,)))
+    print("%d.%d.%d: two hosts, resume, compression and back to source in %.1f s" % (sys.version_info[:3] + (time.monotonic() - began,)))
     return 0
 
 

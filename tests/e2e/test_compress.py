@@ -97,7 +97,7 @@ def test_a_log_over_a_slow_link_takes_half_the_bytes_or_less(origin, supernode, 
 def test_random_bytes_over_a_slow_link_go_as_they_are(origin, supernode, host, blob):
     node, data = supernode(), blob(4 * MB)
     host().get(origin.put("f", data), "-s", "2M", check=data)
-    assert node.bytes_sent() == len(data)
+    assert node.bytes_sent() >= len(data)
     assert node.metrics()["dfly_saved_bytes_total"] == 0
 
 
