@@ -5982,6 +5982,10 @@ class Migrate(DflyError):
     """This supernode can't go on with the task; another one, or the origin, may."""
 
 
+class Lost(Migrate):
+    """This supernode does not know us any more: it has been restarted, and will after a register."""
+
+
 def with_pause(error: DflyError, answer: Dict[str, Any]) -> DflyError:
     """Return `error` with the time that a supernode's answer asks for before the origin is asked instead.  Wire: 16 (40)"""
     pause = answer.get("pause")
@@ -6414,7 +6418,8 @@ class SyncLine:
         elif code == WAIT:
             self.reason = answer.get("msg") or self.reason
         else:
-            raise with_pause(Migrate("supernode %s: code %s: %s" % (self._node, code, answer.get("msg", ""))), answer)
+            kind = Lost if code == UNKNOWN_TARGET else Migrate
+            raise with_pause(kind("supernode %s: code %s: %s" % (self._node, code, answer.get("msg", ""))), answer)
 
     def _learn(self, answer: Dict[str, Any]) -> bool:
         """Take what an answer says about the file and who waits for it; return whether that is news.  Raises ValueError, TypeError."""
@@ -6499,7 +6504,8 @@ class PullLine:
         elif code == FINISH:
             self._finish(answer.get("data"))
         else:
-            raise Migrate("supernode %s: code %s: %.300s" % (self._node, code, answer.get("msg") or answer.get("message", "")))
+            kind = Lost if code == UNKNOWN_TARGET else Migrate
+            raise kind("supernode %s: code %s: %.300s" % (self._node, code, answer.get("msg") or answer.get("message", "")))
 
     def _ask(self, target: str) -> Dict[str, Any]:
         status, body = self._pool.ask(self._node.host, self._node.port, "GET", target)
@@ -6672,7 +6678,9 @@ class Progress:
 class Download:
     """One run of `get`.  `options` are the parsed flags (see the command line section)."""
 
-    MORE_ROUNDS = 2  # over all supernodes without a new piece, before --notbs gives up
+    ABSENT_S = 2.0  # --notbs: how long supernodes are asked again of which none has answered yet,
+    LOST_S = (3.0, 15.0)  # and how long one that has, without a new piece: before back to source, and with --notbs
+    AGAIN_S = (0.1, 1.0)  # between two rounds over all supernodes, doubling
 
     def __init__(self, options: Any, out: Any = None, clock: Callable[[], float] = time.monotonic, content: str = "") -> None:
         self.options = options
@@ -6708,6 +6716,7 @@ class Download:
         self._share_at = 0.0
         self._md5 = None  # type: Optional[Md5Follower]
         self._old_md5 = ""  # what an old supernode says at the end
+        self._served = False  # a supernode has taken us in
         self._peers = set()  # type: Set[str]
 
     def _target(self) -> str:
@@ -6784,14 +6793,22 @@ class Download:
         if not nodes:
             self.reason = REASON_NO_NODE
             raise NetworkError("no supernode is configured (--node, or [node] address in %s)" % CONFIG)
-        error, left, best = self._round(nodes, None), self.MORE_ROUNDS if self.options.notbs else 0, 0
-        while error and left:
-            time.sleep(1.0)  # all have failed: they may be about to come back
-            kept = self.store.kept_bytes if self.store else 0
-            left, best = (self.MORE_ROUNDS, kept) if kept > best else (left - 1, best)
+        error, best, since, pause = self._round(nodes, None), -1, 0.0, 0.0
+        while error:
+            now, kept = self._clock(), self.store.kept_bytes if self.store else 0
+            if kept > best:
+                best, since, pause = kept, now, self.AGAIN_S[0]
+            if now >= min(since + self._patience_s(error), self._deadline or now + 1.0):
+                raise error
+            time.sleep(pause * random.uniform(0.5, 1.0))  # all who were there would else come back at once
+            pause = min(2 * pause, self.AGAIN_S[1])
             error = self._round(nodes, error)
-        if error:
-            raise error
+
+    def _patience_s(self, error: DflyError) -> float:
+        """Return how long failed supernodes are asked again: one that was there a moment ago is perhaps just being restarted."""
+        if self._served and isinstance(error, (NetworkError, Lost)):
+            return self.LOST_S[bool(self.options.notbs)]
+        return self.ABSENT_S if self.options.notbs else 0.0
 
     def _round(self, nodes: List[Node], last: Optional[DflyError]) -> Optional[DflyError]:
         """Try each supernode once, until one brings the file; return why the last one failed (`last`: in the round before)."""
@@ -6802,6 +6819,7 @@ class Download:
                 self.log.warn("supernode %s: %s", node, error)
                 last, self.reason = error, self.reason or REASON_REGISTER
                 continue
+            self._served = True
             if last is not None and self.store is not None:
                 self.progress.line("migrated to node:%s" % str(node))
             try:
@@ -7664,7 +7682,7 @@ class BlobDownload(Download):
         self._look_at, self._seen = self._clock() + options.patience, 0  # when to see whether it comes fast enough; bytes until then
 
     def _register(self, node: Node) -> Registration:
-        if self._silent.get(node, 0.0) > self._clock():
+        if self._silent.get(node, 0.0) > self._clock() and not self._served:
             raise NetworkError("supernode %s has just not answered" % str(node))
         try:
             return super()._register(node)

@@ -340,7 +340,7 @@ def test_what_the_supernode_kept_has_the_piece_size_that_clients_are_told_while_
 
 
 def test_the_supernode_restarted_on_its_ports_is_taken_up_again(origin, supernode, host, blob):
-    """The download that is under way goes on, through the restarted supernode or from the origin, keeping its pieces."""
+    """The download that is under way goes on, keeping its pieces; nobody goes to the origin because of a pause."""
     node = supernode()
     data = blob(SIZE)
     url = origin.put("f", data, stall_after=STALL, once=True)
@@ -348,7 +348,8 @@ def test_the_supernode_restarted_on_its_ports_is_taken_up_again(origin, supernod
     wait_for(lambda: node.bytes_sent() >= STALL - MB, 20)
     node.kill()
     supernode(home=node.home, ports=(node.port, node.cdn_port))
-    good(command.wait(), data)
+    assert good(command.wait(), data).reason == 0
+    assert origin.bytes_sent("f") <= SIZE + 2 * MB, origin.requests("f")
 
 
 def test_an_interrupt_ends_at_once_and_can_be_resumed(origin, supernode, host, blob):
