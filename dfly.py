@@ -178,12 +178,13 @@ class TlsError(DflyError):
 
 
 class SourceError(DflyError):
-    """The origin answered, but not with the file.  `status` is its HTTP status (0: it did not answer)."""
+    """The origin answered, but not with the file.  `status` is its HTTP status (0: it did not answer), `retry_s` how many
+    seconds it wants to be left alone (None: it did not say)."""
     exit, reason, code = 8, REASON_SOURCE, URL_UNREACHABLE
 
-    def __init__(self, message: str, status: int = 0) -> None:
+    def __init__(self, message: str, status: int = 0, retry_s: Optional[float] = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.retry_s = status, retry_s
 
 
 class NeedAuth(SourceError):
@@ -2712,6 +2713,17 @@ def _tls_context(insecure: bool, cacerts: Tuple[str, ...], _stamps: Tuple[int, .
     return context
 
 
+def seconds_until(retry_after: str) -> Optional[float]:
+    """Return the seconds that a Retry-After header asks for, None where it says nothing that can be understood."""
+    import email.utils
+    if re.match(r"^\d{1,9}$", retry_after):
+        return float(retry_after)
+    try:
+        return max(0.0, email.utils.mktime_tz(email.utils.parsedate_tz(retry_after)) - time.time())  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
 class Origin:
     """A URL with everything needed to ask for it.  Immutable; used by any thread."""
 
@@ -2813,17 +2825,19 @@ class Origin:
             error.close()
             if error.code == 304:
                 return OriginReply(self, error, start, ranged)
-            raise self._refusal(error.code)
+            raise self._refusal(error.code, error.headers.get("Retry-After", ""))
         except (urllib.error.URLError, OSError, http.client.HTTPException, ValueError) as error:
             raise self._failure(getattr(error, "reason", error), ssl)
         return OriginReply(self, response, start, ranged)
 
-    def _refusal(self, status: int) -> SourceError:
+    def _refusal(self, status: int, retry_after: str) -> SourceError:
         if status in (401, 407):
             return NeedAuth("%s: authentication needed (%d)" % (self.url, status), status)
         if 300 <= status < 400:
             return SourceError("%s: redirects in a circle, or to no http(s) URL (%d)" % (self.url, status), status)
-        return SourceError("%s: the origin answers %d" % (self.url, status), status)
+        retry_s = seconds_until(retry_after)
+        wish = "" if retry_s is None else " and wants to be asked again in %s" % show_time(retry_s)
+        return SourceError("%s: the origin answers %d%s" % (self.url, status, wish), status, retry_s)
 
     def _failure(self, reason: Any, ssl: Any) -> DflyError:
         if isinstance(reason, socket.timeout) or "timed out" in str(reason):
@@ -2903,7 +2917,7 @@ class OriginReply:
         self.status = response.code
         self.etag = headers.get("ETag", "")
         self.modified = headers.get("Last-Modified", "")
-
+        self.ranges = headers.get("Accept-Ranges", "").lower() == "bytes"  # it says itself that it can begin in the middle
         length = headers.get("Content-Length", "")
         self.body_length = int(length) if re.match(r"^\d{1,18}$", length) and not headers.get("Transfer-Encoding") else None
         self.start = start if self.status == 206 else -origin.base  # of the body, in our file
@@ -2973,6 +2987,49 @@ def if_range(version: str) -> List[Tuple[str, str]]:
     return [("If-Range", mark)] if mark and not content_of(etag) else []
 
 
+class Patience:
+    """When an origin that fails is asked again, and when no more: TRIES times without a new byte, or as often as it says when
+    (Retry-After), MOST_S in all.  One for each fetch, used by its thread."""
+
+    TRIES = 3
+    PAUSE_S = 0.5  # before the second try; doubled each time
+    MOST_S = 60.0  # longer nobody waits: other supernodes, or another time, are better
+    LATER = (408, 425, 429, 500, 502, 503, 504)  # answers that may be others in a moment
+
+    def __init__(self, stopped: Callable[[], bool], say: Callable[..., None] = lambda *_: None, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._stopped, self._say, self._sleep = stopped, say, sleep
+        self._failures, self._left_s = 0, self.MOST_S
+
+    def reset(self) -> None:
+        """Begin anew: there has been progress."""
+        self._failures, self._left_s = 0, self.MOST_S
+
+    def wait(self, error: SourceError) -> None:
+        """Wait until the origin may be asked again.  Raises `error` when that makes no sense (any more), Stalled when told to stop."""
+        self._failures += 1
+        pause = max(self.PAUSE_S * 2 ** (self._failures - 1), error.retry_s or 0.0)
+        for_good = isinstance(error, SourceChanged) or (400 <= error.status < 500 and error.status not in self.LATER)
+        if for_good or pause > self._left_s or (error.retry_s is None and self._failures >= self.TRIES):
+            raise error
+        self._say("%s: asked again in %s", error, show_time(pause))
+        self._left_s -= pause
+        while pause > 0.0:
+            if self._stopped():
+                raise Stalled(str(error))
+            self._sleep(min(0.2, pause))
+            pause -= 0.2
+
+    def first(self, origin: Origin, headers: Any = ()) -> OriginReply:
+        """As Origin.open, again and again while the origin says that it is for later.  Raises the same, and Stalled."""
+        while True:
+            try:
+                return origin.open(headers=headers)
+            except SourceError as error:
+                if error.status not in self.LATER:
+                    raise
+                self.wait(error)
+
+
 class Filler:
     """Fills a TaskFile from an origin: what is missing, in order, resuming where a connection breaks.
 
@@ -2981,17 +3038,15 @@ class Filler:
     """
 
     CHUNK = 1 << 18  # bytes read at once
-    TRIES = 3  # connections without a new byte before it gives up
-    PAUSE_S = 0.5  # before the second of them; doubled each time
     HANDS = 2  # threads behind the reader; each has a piece in memory, and the reader one
 
     def __init__(self, origin: Origin, store: TaskFile, bucket: TokenBucket, on_piece: Callable[[int], None],
                  on_length: Callable[[], None] = lambda: None, stopped: Callable[[], bool] = lambda: False,
-                 sleep: Callable[[float], None] = time.sleep) -> None:
+                 say: Callable[..., None] = lambda *_: None, sleep: Callable[[float], None] = time.sleep) -> None:
         self.origin, self.store = origin, store
         self._bucket = bucket
         self._on_piece, self._on_length, self._stopped = on_piece, on_length, stopped
-        self._sleep = sleep
+        self._patience = Patience(stopped, say, sleep)
         self.read_bytes = 0  # from the origin, in all
         self._work = queue.Queue()  # type: queue.Queue  # (num, buffer, length) to digest and write
         self._buffers = queue.Queue()  # type: queue.Queue  # that are free
@@ -3017,22 +3072,16 @@ class Filler:
                 thread.join()
 
     def _fill(self, first: Optional[OriginReply]) -> None:
-        failures = 0
         while not self.store.complete:
             before = self.store.have
             try:
                 reply = first or self._reopen()
                 first = None
                 self._drink(reply)
-            except (NeedAuth, SourceChanged):
-                raise
             except SourceError as error:
-                if self._stopped():
-                    raise Stalled(str(error))
-                failures = failures + 1 if self.store.have == before else 1
-                if failures >= self.TRIES or error.status in (403, 404, 410, 416):
-                    raise
-                self._sleep(self.PAUSE_S * 2 ** (failures - 1))
+                if self.store.have != before:
+                    self._patience.reset()
+                self._patience.wait(error)
 
     def _reopen(self) -> OriginReply:
         """Ask for the first run of missing bytes.  Raises SourceChanged when it is, or may be, another file now."""
@@ -3044,11 +3093,20 @@ class Filler:
         if not start and (end is None or end == layout.length):
             reply = self.origin.open()
         else:
-            reply = self.origin.open(start, end, if_range(old))
+            reply = self._from_middle(start, end, if_range(old))
         if (old or self.store.have) and (not same_version(reply.version, old) or (layout.length is not None and reply.length not in (None, layout.length))):
             reply.close()
             raise SourceChanged("%s: the origin has another file now" % self.origin.url)
         return reply
+
+    def _from_middle(self, start: int, end: Optional[int], headers: List[Tuple[str, str]]) -> OriginReply:
+        """Ask for a range; where the origin has none to give, for the whole file, which tells whether it is still the same."""
+        try:
+            return self.origin.open(start, end, headers)
+        except SourceError as error:
+            if error.status != 416:
+                raise
+            return self.origin.open()
 
     def _first_gap(self) -> Tuple[int, Optional[int]]:
         """Return [start, end) in bytes of the first run of missing pieces; end None: to the end."""
@@ -4278,7 +4336,8 @@ class CdnTask:
             if whole and origin.content:
                 origin.vouch()
                 return None
-            return origin.open(headers=if_none_match(kept.about["version"]) if kept else ())
+            patience = Patience(lambda: self._stopping, self._cdn.log.warn)
+            return patience.first(origin, if_none_match(kept.about["version"]) if kept else ())
         except NeedAuth:
             raise
         except SourceError as error:
@@ -4290,7 +4349,7 @@ class CdnTask:
     def _reuse(self, origin: Origin, kept: TaskFile, reply: Optional[OriginReply]) -> None:
         """Go on with what an earlier run has fetched: announce what is still true, fetch the rest."""
         self._adopt(kept)
-        if reply and reply.status == 304:
+        if reply and (reply.status == 304 or reply.ranges and kept.claimed):  # else it would send again what is here
             reply.close()
             reply = None
         wrong = kept.verify(lambda num: self._events.on_piece(self, num))
@@ -4329,7 +4388,8 @@ class CdnTask:
             self.origin_bytes = start + filler.read_bytes
             self._events.on_piece(self, num)
 
-        filler = Filler(origin, store, self._cdn.bucket, on_piece, lambda: self._events.on_length(self), lambda: self._stopping)
+        filler = Filler(origin, store, self._cdn.bucket, on_piece, lambda: self._events.on_length(self), lambda: self._stopping,
+                        self._cdn.log.warn)
         try:
             filler.fill(reply)
         except SourceChanged:
@@ -7103,6 +7163,7 @@ class Download:
 
     def _source_once(self) -> None:
         first = None  # type: Optional[OriginReply]
+        self._deadline = self._clock() + self.options.timeout if self.options.timeout else None
         kept = self.store or TaskFile.resume(self._data, self._journal)
         usable = kept is not None and kept.about.get("task") == self.task_id and any(version_parts(kept.about.get("version", ""))) and kept.claimed
         if usable and kept:
@@ -7114,11 +7175,10 @@ class Download:
         else:
             if kept:
                 kept.close()
-            first = self.origin.open()
+            first = Patience(self._late).first(self.origin)
             self.store = None
             self._open_store(first.length, choose_piece_size(first.length), first.version)
         assert self.store
-        self._deadline = self._clock() + self.options.timeout if self.options.timeout else None
         filler = Filler(self.origin, self.store, self.bucket, lambda num: self._md5.nudge() if self._md5 else None, stopped=self._late)
         ended = threading.Event()
         watcher = threading.Thread(target=self._watch_source, args=(filler, ended), name="dfly-progress", daemon=True)
