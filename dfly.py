@@ -4230,12 +4230,17 @@ class CdnTask:
         with self._lock:
             if self._stopping or self.state in (self.RUNNING, self.SUCCESS):
                 return
-            if self.state == self.FAILED and time.monotonic() < self.ended_at + self._cdn.retry_s:
+            if self.state == self.FAILED and time.monotonic() < self.fails_until():
                 return
             self.state, self.error = self.RUNNING, None
             self._speed = (time.monotonic(), self.origin_bytes)
             self._thread = threading.Thread(target=self._run, args=(origin,), name="dfly-cdn-" + self.task_id[:8], daemon=True)
             self._thread.start()
+
+    def fails_until(self) -> float:
+        """Return until when (monotonic) a failure stands before the origin is asked again: longer where it wants to be left alone."""
+        wish = getattr(self.error, "retry_s", None) or 0.0
+        return self.ended_at + max(self._cdn.retry_s, min(wish, self._cdn.LEAVE_S))
 
     def refetch(self, num: int, origin: Origin) -> bool:
         """Look at piece `num` again; when it is no longer what it was, fetch it anew and return True."""
@@ -4401,6 +4406,8 @@ class CdnTask:
 
 class Cdn:
     """The cache folder of a supernode: where tasks lie, which may go.  _lock guards _tasks."""
+
+    LEAVE_S = 600.0  # an origin that wants to be left alone is, for this long at most
 
     def __init__(self, home: str, log: Log, bucket: TokenBucket, retry_s: float, reserve_bytes: int) -> None:
         self.folder = make_folder(os.path.join(home, "repo", "download"))
@@ -4741,7 +4748,7 @@ class Swarm(CdnEvents):
                 raise BadRequest("rawUrl: %.200s: the task has another file" % url)
             self.forget_locked(task)
             task = None
-        if task and task.cdn.state == CdnTask.FAILED and (now > task.cdn.ended_at + self.cdn.retry_s or task.judged_for_another(origin)):
+        if task and task.cdn.state == CdnTask.FAILED and (now > task.cdn.fails_until() or task.judged_for_another(origin)):
             self.forget_locked(task)  # what its peers hold may be of another version of the file
             task = None
         if not task:
@@ -6046,6 +6053,10 @@ class Lost(Migrate):
     """This supernode does not know us any more: it has been restarted, and will after a register."""
 
 
+class Unready(Migrate):
+    """This supernode does not know yet whether what we hold is of the file that the origin has now."""
+
+
 def with_pause(error: DflyError, answer: Dict[str, Any]) -> DflyError:
     """Return `error` with the time that a supernode's answer asks for before the origin is asked instead.  Wire: 16 (40)"""
     pause = answer.get("pause")
@@ -6739,7 +6750,7 @@ class Download:
     """One run of `get`.  `options` are the parsed flags (see the command line section)."""
 
     ABSENT_S = 2.0  # --notbs: how long supernodes are asked again of which none has answered yet,
-    LOST_S = (3.0, 15.0)  # and how long one that has, without a new piece: before back to source, and with --notbs
+    LOST_S = (5.0, 15.0)  # and how long one that has, without a new piece: before back to source, and with --notbs
     AGAIN_S = (0.1, 1.0)  # between two rounds over all supernodes, doubling
 
     def __init__(self, options: Any, out: Any = None, clock: Callable[[], float] = time.monotonic, content: str = "") -> None:
@@ -6866,6 +6877,8 @@ class Download:
 
     def _patience_s(self, error: DflyError) -> float:
         """Return how long failed supernodes are asked again: one that was there a moment ago is perhaps just being restarted."""
+        if isinstance(error, Unready):
+            return Origin.TIMEOUT_S  # as long as it waits itself
         if self._served and isinstance(error, (NetworkError, Lost)):
             return self.LOST_S[bool(self.options.notbs)]
         return self.ABSENT_S if self.options.notbs else 0.0
@@ -6983,6 +6996,8 @@ class Download:
 
     def _swarm(self, registration: Registration) -> None:
         """Fetch what is missing through one supernode; publish when all is right."""
+        if self.store and self.store.have and not registration.version:
+            raise Unready("supernode %s: the origin has not answered it yet" % str(registration.node))
         self.progress.line("client:%s connected to node:%s" % (self.ip, registration.node))
         self.progress.line("start download by dragonfly...")
         self._open_store(registration.length, registration.piece_size + (WRAP if registration.plain else 0), registration.version)

@@ -259,6 +259,15 @@ def test_an_origin_that_asks_for_more_than_anybody_waits_is_given_up_at_once(ori
     assert "429" in result.out and len(origin.log) == 1 and result.seconds < 20, origin.log
 
 
+def test_an_origin_that_wants_to_be_left_alone_for_long_is(origin, supernode, host, blob):
+    """The next client is told so by the supernode, though a failure else stands for a moment only."""
+    supernode("--fail-access-interval", "100ms")
+    url = origin.put("f", blob(SIZE), status=429, retry_after="3600")
+    for _ in range(2):
+        assert "429" in bad(host().get(url, "--notbs"), 8).out
+    assert len(origin.log) == 1, origin.log
+
+
 @two_ways
 def test_the_wish_for_a_pause_is_heard_in_the_middle_too(origin, supernode, host, blob, way):
     supernode()
