@@ -2720,7 +2720,7 @@ def seconds_until(retry_after: str) -> Optional[float]:
         return float(retry_after)
     try:
         return max(0.0, email.utils.mktime_tz(email.utils.parsedate_tz(retry_after)) - time.time())  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, IndexError, OverflowError):
         return None
 
 
@@ -7749,6 +7749,8 @@ class Leftover:
 
 class BlobDownload(Download):
     """A download for a Blob: others read along, and it ends when nobody wants it any more."""
+
+    LOST_S = (5.0, 5.0)  # with --notbs too: the daemon itself can ask the registry for the rest
 
     def __init__(self, options: Any, out: Any, blob: Blob, uploader: Callable[[], int], silent: Dict[Node, float]) -> None:
         super().__init__(options, out, content=blob.digest and "sha256:" + blob.digest)

@@ -9,6 +9,7 @@ from world import MB, blob, good
 KILLS = 50
 SIZE = 8 * MB
 RATE = 2 * MB        # of the origin, bytes/s and request
+SPOILT = (15, 30)    # after these kills some bytes on the disk are others, too
 LIFE_S = (0.0, 1.0)  # of a supernode, from its first line to its end
 
 
@@ -64,7 +65,7 @@ class Client:
 def spoil(node, rng, count):
     """Flip bytes in the cached pieces of a supernode that is not running, in every file; return how many files."""
     files = [os.path.join(folder, name) for folder, _, names in os.walk(os.path.join(node.home, "repo")) for name in names if len(name) == 64]
-    for path in files:
+    for path in filter(os.path.getsize, files):
         with open(path, "r+b") as f:
             for _ in range(count):
                 at = rng.randrange(os.path.getsize(path))
@@ -90,6 +91,8 @@ def test_a_supernode_killed_fifty_times_loses_no_download_and_corrupts_none(worl
         if kill in (2, 5):
             clients.append(Client(origin, world.host(), node.node))
         node.kill()
+        if kill in SPOILT:
+            spoil(node, rng, 1)
         node = world.supernode(home=node.home, ports=ports)
     for client in clients:
         client.finish(60)
