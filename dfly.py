@@ -182,12 +182,13 @@ class TlsError(DflyError):
 
 
 class SourceError(DflyError):
-    """The origin answered, but not with the file.  `status` is its HTTP status (0: it did not answer)."""
+    """The origin answered, but not with the file.  `status` is its HTTP status (0: it did not answer), `retry_s` how many
+    seconds it wants to be left alone (None: it did not say)."""
     exit, reason, code = 8, REASON_SOURCE, URL_UNREACHABLE
 
-    def __init__(self, message: str, status: int = 0) -> None:
+    def __init__(self, message: str, status: int = 0, retry_s: Optional[float] = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.retry_s = status, retry_s
 
 
 class NeedAuth(SourceError):
@@ -3094,6 +3095,17 @@ def _tls_context(insecure: bool, cacerts: Tuple[str, ...], _stamps: Tuple[int, .
     return context
 
 
+def seconds_until(retry_after: str) -> Optional[float]:
+    """Return the seconds that a Retry-After header asks for, None where it says nothing that can be understood."""
+    import email.utils
+    if re.match(r"^\d{1,9}$", retry_after):
+        return float(retry_after)
+    try:
+        return max(0.0, email.utils.mktime_tz(email.utils.parsedate_tz(retry_after)) - time.time())  # type: ignore[arg-type]
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+
+
 class Origin:
     """A URL with everything needed to ask for it.  Immutable; used by any thread."""
 
@@ -3209,7 +3221,9 @@ class Origin:
             return refusal
         if 300 <= status < 400:
             return SourceError("%s: redirects in a circle, or to no http(s) URL (%d)" % (self.url, status), status)
-        return SourceError("%s: the origin answers %d" % (self.url, status), status)
+        retry_s = seconds_until(headers.get("Retry-After", ""))
+        wish = "" if retry_s is None else " and wants to be asked again in %s" % show_time(retry_s)
+        return SourceError("%s: the origin answers %d%s" % (self.url, status, wish), status, retry_s)
 
     def _failure(self, reason: Any, ssl: Any) -> DflyError:
         if isinstance(reason, socket.timeout) or "timed out" in str(reason):
@@ -3289,7 +3303,7 @@ class OriginReply:
         self.status = response.code
         self.etag = headers.get("ETag", "")
         self.modified = headers.get("Last-Modified", "")
-
+        self.ranges = headers.get("Accept-Ranges", "").lower() == "bytes"  # it says itself that it can begin in the middle
         length = headers.get("Content-Length", "")
         self.body_length = int(length) if re.match(r"^\d{1,18}$", length) and not headers.get("Transfer-Encoding") else None
         self.start = start if self.status == 206 else -origin.base  # of the body, in our file
@@ -3359,6 +3373,49 @@ def if_range(version: str) -> List[Tuple[str, str]]:
     return [("If-Range", mark)] if mark and not content_of(etag) else []
 
 
+class Patience:
+    """When an origin that fails is asked again, and when no more: TRIES times without a new byte, or as often as it says when
+    (Retry-After), MOST_S in all.  One for each fetch, used by its thread."""
+
+    TRIES = 3
+    PAUSE_S = 0.5  # before the second try; doubled each time
+    MOST_S = 60.0  # longer nobody waits: other supernodes, or another time, are better
+    LATER = (408, 425, 429, 500, 502, 503, 504)  # answers that may be others in a moment
+
+    def __init__(self, stopped: Callable[[], bool], say: Callable[..., None] = lambda *_: None, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._stopped, self._say, self._sleep = stopped, say, sleep
+        self._failures, self._left_s = 0, self.MOST_S
+
+    def reset(self) -> None:
+        """Begin anew: there has been progress."""
+        self._failures, self._left_s = 0, self.MOST_S
+
+    def wait(self, error: SourceError) -> None:
+        """Wait until the origin may be asked again.  Raises `error` when that makes no sense (any more), Stalled when told to stop."""
+        self._failures += 1
+        pause = max(self.PAUSE_S * 2 ** (self._failures - 1), error.retry_s or 0.0)
+        for_good = isinstance(error, SourceChanged) or (400 <= error.status < 500 and error.status not in self.LATER)
+        if for_good or pause > self._left_s or (error.retry_s is None and self._failures >= self.TRIES):
+            raise error
+        self._say("%s: asked again in %s", error, show_time(pause))
+        self._left_s -= pause
+        while pause > 0.0:
+            if self._stopped():
+                raise Stalled(str(error))
+            self._sleep(min(0.2, pause))
+            pause -= 0.2
+
+    def first(self, origin: Origin, headers: Any = ()) -> OriginReply:
+        """As Origin.open, again and again while the origin says that it is for later.  Raises the same, and Stalled."""
+        while True:
+            try:
+                return origin.open(headers=headers)
+            except SourceError as error:
+                if error.status not in self.LATER:
+                    raise
+                self.wait(error)
+
+
 class Filler:
     """Fills a TaskFile from an origin: what is missing, in order, resuming where a connection breaks.
 
@@ -3367,17 +3424,15 @@ class Filler:
     """
 
     CHUNK = 1 << 18  # bytes read at once
-    TRIES = 3  # connections without a new byte before it gives up
-    PAUSE_S = 0.5  # before the second of them; doubled each time
     HANDS = 2  # threads behind the reader; each has a piece in memory, and the reader one
 
     def __init__(self, origin: Origin, store: TaskFile, bucket: TokenBucket, on_piece: Callable[[int], None],
                  on_length: Callable[[], None] = lambda: None, stopped: Callable[[], bool] = lambda: False,
-                 sleep: Callable[[float], None] = time.sleep) -> None:
+                 say: Callable[..., None] = lambda *_: None, sleep: Callable[[float], None] = time.sleep) -> None:
         self.origin, self.store = origin, store
         self._bucket = bucket
         self._on_piece, self._on_length, self._stopped = on_piece, on_length, stopped
-        self._sleep = sleep
+        self._patience = Patience(stopped, say, sleep)
         self.read_bytes = 0  # from the origin, in all
         self._work = queue.Queue()  # type: queue.Queue  # (num, buffer, length) to digest and write
         self._buffers = queue.Queue()  # type: queue.Queue  # that are free
@@ -3403,22 +3458,16 @@ class Filler:
                 thread.join()
 
     def _fill(self, first: Optional[OriginReply]) -> None:
-        failures = 0
         while not self.store.complete:
             before = self.store.have
             try:
                 reply = first or self._reopen()
                 first = None
                 self._drink(reply)
-            except (NeedAuth, SourceChanged):
-                raise
             except SourceError as error:
-                if self._stopped():
-                    raise Stalled(str(error))
-                failures = failures + 1 if self.store.have == before else 1
-                if failures >= self.TRIES or error.status in (403, 404, 410, 416):
-                    raise
-                self._sleep(self.PAUSE_S * 2 ** (failures - 1))
+                if self.store.have != before:
+                    self._patience.reset()
+                self._patience.wait(error)
 
     def _reopen(self) -> OriginReply:
         """Ask for the first run of missing bytes.  Raises SourceChanged when it is, or may be, another file now."""
@@ -3430,11 +3479,20 @@ class Filler:
         if not start and (end is None or end == layout.length):
             reply = self.origin.open()
         else:
-            reply = self.origin.open(start, end, if_range(old))
+            reply = self._from_middle(start, end, if_range(old))
         if (old or self.store.have) and (not same_version(reply.version, old) or (layout.length is not None and reply.length not in (None, layout.length))):
             reply.close()
             raise SourceChanged("%s: the origin has another file now" % self.origin.url)
         return reply
+
+    def _from_middle(self, start: int, end: Optional[int], headers: List[Tuple[str, str]]) -> OriginReply:
+        """Ask for a range; where the origin has none to give, for the whole file, which tells whether it is still the same."""
+        try:
+            return self.origin.open(start, end, headers)
+        except SourceError as error:
+            if error.status != 416:
+                raise
+            return self.origin.open()
 
     def _first_gap(self) -> Tuple[int, Optional[int]]:
         """Return [start, end) in bytes of the first run of missing pieces; end None: to the end."""
@@ -4677,13 +4735,18 @@ class CdnTask:
         with self._lock:
             if self._stopping or self.state in (self.RUNNING, self.SUCCESS):
                 return
-            if self.state == self.FAILED and time.monotonic() < self.ended_at + self._cdn.retry_s:
+            if self.state == self.FAILED and time.monotonic() < self.fails_until():
                 return
             self.state, self.error = self.RUNNING, None
             self.settled.clear()
             self._speed = (time.monotonic(), self.origin_bytes)
             self._thread = threading.Thread(target=self._run, args=(origin,), name="dfly-cdn-" + self.task_id[:8], daemon=True)
             self._thread.start()
+
+    def fails_until(self) -> float:
+        """Return until when (monotonic) a failure stands before the origin is asked again: longer where it wants to be left alone."""
+        wish = getattr(self.error, "retry_s", None) or 0.0
+        return self.ended_at + max(self._cdn.retry_s, min(wish, self._cdn.LEAVE_S))
 
     def refetch(self, num: int, origin: Origin) -> bool:
         """Look at piece `num` again; when it is no longer what it was, fetch it anew and return True."""
@@ -4825,7 +4888,8 @@ class CdnTask:
             if whole and origin.content:
                 origin.vouch()
                 return None
-            return origin.open(headers=if_none_match(kept.about["version"]) if kept else ())
+            patience = Patience(lambda: self._stopping, self._cdn.log.warn)
+            return patience.first(origin, if_none_match(kept.about["version"]) if kept else ())
         except NeedAuth:
             raise
         except SourceError as error:
@@ -4839,7 +4903,7 @@ class CdnTask:
         self._adopt(kept)
         if reply:
             self._note_caching(kept, origin, reply)
-        if reply and reply.status == 304:
+        if reply and (reply.status == 304 or reply.ranges and kept.claimed):  # else it would send again what is here
             reply.close()
             reply = None
         wrong = kept.verify(lambda num: self._events.on_piece(self, num))
@@ -4894,7 +4958,8 @@ class CdnTask:
             count()
             self._events.on_piece(self, num)
 
-        filler = Filler(origin, store, self._cdn.bucket, on_piece, lambda: self._events.on_length(self), lambda: self._stopping)
+        filler = Filler(origin, store, self._cdn.bucket, on_piece, lambda: self._events.on_length(self), lambda: self._stopping,
+                        self._cdn.log.warn)
         try:
             filler.fill(reply)
         except SourceChanged:
@@ -4908,6 +4973,7 @@ class Cdn:
     """The cache folder of a supernode: where tasks lie, which may go.  _lock guards _tasks and _reserved."""
 
     LOOK_S = 15.0  # between two looks at the disk.  Wire: 10.4
+    LEAVE_S = 600.0  # an origin that wants to be left alone is, for this long at most
 
     def __init__(self, home: str, log: Log, bucket: TokenBucket, retry_s: float, rules: DiskRules, turns: Turns) -> None:
         self.folder = make_folder(os.path.join(home, "repo", "download"))
@@ -5343,7 +5409,7 @@ class Swarm(CdnEvents):
                 raise BadRequest("rawUrl: %.200s: the task has another file" % url)
             self.forget_locked(task)
             task = None
-        if task and task.cdn.state == CdnTask.FAILED and (now > task.cdn.ended_at + self.cdn.retry_s or task.judged_for_another(origin)):
+        if task and task.cdn.state == CdnTask.FAILED and (now > task.cdn.fails_until() or task.judged_for_another(origin)):
             self.forget_locked(task)  # what its peers hold may be of another version of the file
             task = None
         if not task:
@@ -7011,6 +7077,14 @@ class Migrate(DflyError):
     """This supernode can't go on with the task; another one, or the origin, may."""
 
 
+class Lost(Migrate):
+    """This supernode does not know us any more: it has been restarted, and will after a register."""
+
+
+class Unready(Migrate):
+    """This supernode does not know yet whether what we hold is of the file that the origin has now."""
+
+
 def with_pause(error: DflyError, answer: Dict[str, Any]) -> DflyError:
     """Return `error` with the time that a supernode's answer asks for before the origin is asked instead.  Wire: 16 (40)"""
     pause = answer.get("pause")
@@ -7468,7 +7542,8 @@ class SyncLine:
         elif code == WAIT:
             self.reason = answer.get("msg") or self.reason
         else:
-            raise with_pause(Migrate("supernode %s: code %s: %s" % (self._node, code, answer.get("msg", ""))), answer)
+            kind = Lost if code == UNKNOWN_TARGET else Migrate
+            raise with_pause(kind("supernode %s: code %s: %s" % (self._node, code, answer.get("msg", ""))), answer)
 
     def _learn(self, answer: Dict[str, Any]) -> bool:
         """Take what an answer says about the file and who waits for it; return whether that is news.  Raises ValueError, TypeError."""
@@ -7556,7 +7631,8 @@ class PullLine:
         elif code == FINISH:
             self._finish(answer.get("data"))
         else:
-            raise Migrate("supernode %s: code %s: %.300s" % (self._node, code, answer.get("msg") or answer.get("message", "")))
+            kind = Lost if code == UNKNOWN_TARGET else Migrate
+            raise kind("supernode %s: code %s: %.300s" % (self._node, code, answer.get("msg") or answer.get("message", "")))
 
     def _ask(self, target: str) -> Dict[str, Any]:
         status, body = self._pool.ask(self._node.host, self._node.port, "GET", target)
@@ -7729,7 +7805,9 @@ class Progress:
 class Download:
     """One run of `get`.  `options` are the parsed flags (see the command line section)."""
 
-    MORE_ROUNDS = 2  # over all supernodes without a new piece, before --notbs gives up
+    ABSENT_S = 2.0  # --notbs: how long supernodes are asked again of which none has answered yet,
+    LOST_S = (5.0, 15.0)  # and how long one that has, without a new piece: before back to source, and with --notbs
+    AGAIN_S = (0.1, 1.0)  # between two rounds over all supernodes, doubling
 
     def __init__(self, options: Any, out: Any = None, clock: Callable[[], float] = time.monotonic, content: str = "") -> None:
         self.options = options
@@ -7765,6 +7843,7 @@ class Download:
         self._share_at = 0.0
         self._md5 = None  # type: Optional[Md5Follower]
         self._old_md5 = ""  # what an old supernode says at the end
+        self._served = False  # a supernode has taken us in
         self._peers = set()  # type: Set[str]
 
     def _target(self) -> str:
@@ -7842,14 +7921,24 @@ class Download:
         if not nodes:
             self.reason = REASON_NO_NODE
             raise NetworkError("no supernode is configured (--node, or [node] address in %s)" % CONFIG)
-        error, left, best = self._round(nodes, None), self.MORE_ROUNDS if self.options.notbs else 0, 0
-        while error and left:
-            time.sleep(1.0)  # all have failed: they may be about to come back
-            kept = self.store.kept_bytes if self.store else 0
-            left, best = (self.MORE_ROUNDS, kept) if kept > best else (left - 1, best)
+        error, best, since, pause = self._round(nodes, None), -1, 0.0, 0.0
+        while error:
+            now, kept = self._clock(), self.store.kept_bytes if self.store else 0
+            if kept > best:
+                best, since, pause = kept, now, self.AGAIN_S[0]
+            if now >= min(since + self._patience_s(error), self._deadline or now + 1.0):
+                raise error
+            time.sleep(pause * random.uniform(0.5, 1.0))  # all who were there would else come back at once
+            pause = min(2 * pause, self.AGAIN_S[1])
             error = self._round(nodes, error)
-        if error:
-            raise error
+
+    def _patience_s(self, error: DflyError) -> float:
+        """Return how long failed supernodes are asked again: one that was there a moment ago is perhaps just being restarted."""
+        if isinstance(error, Unready):
+            return Origin.TIMEOUT_S  # as long as it waits itself
+        if self._served and isinstance(error, (NetworkError, Lost)):
+            return self.LOST_S[bool(self.options.notbs)]
+        return self.ABSENT_S if self.options.notbs else 0.0
 
     def _round(self, nodes: List[Node], last: Optional[DflyError]) -> Optional[DflyError]:
         """Try each supernode once, until one brings the file; return why the last one failed (`last`: in the round before)."""
@@ -7860,6 +7949,7 @@ class Download:
                 self.log.warn("supernode %s: %s", node, error)
                 last, self.reason = error, self.reason or REASON_REGISTER
                 continue
+            self._served = True
             if last is not None and self.store is not None:
                 self.progress.line("migrated to node:%s" % str(node))
             try:
@@ -7964,6 +8054,8 @@ class Download:
 
     def _swarm(self, registration: Registration) -> None:
         """Fetch what is missing through one supernode; publish when all is right."""
+        if self.store and self.store.have and not registration.version:
+            raise Unready("supernode %s: the origin has not answered it yet" % str(registration.node))
         self.progress.line("client:%s connected to node:%s" % (self.ip, registration.node))
         self.progress.line("start download by dragonfly...")
         self._open_store(registration.length, registration.piece_size + (WRAP if registration.plain else 0), registration.version)
@@ -8144,6 +8236,7 @@ class Download:
 
     def _source_once(self) -> None:
         first = None  # type: Optional[OriginReply]
+        self._deadline = self._clock() + self.options.timeout if self.options.timeout else None
         kept = self.store or TaskFile.resume(self._data, self._journal)
         usable = kept is not None and kept.about.get("task") == self.task_id and any(version_parts(kept.about.get("version", ""))) and kept.claimed
         if usable and kept:
@@ -8155,11 +8248,10 @@ class Download:
         else:
             if kept:
                 kept.close()
-            first = self.origin.open()
+            first = Patience(self._late).first(self.origin)
             self.store = None
             self._open_store(first.length, choose_piece_size(first.length), first.version)
         assert self.store
-        self._deadline = self._clock() + self.options.timeout if self.options.timeout else None
         filler = Filler(self.origin, self.store, self.bucket, lambda num: self._md5.nudge() if self._md5 else None, stopped=self._late)
         ended = threading.Event()
         watcher = threading.Thread(target=self._watch_source, args=(filler, ended), name="dfly-progress", daemon=True)
@@ -8714,6 +8806,8 @@ class Leftover:
 class BlobDownload(Download):
     """A download for a Blob: others read along, and it ends when nobody wants it any more."""
 
+    LOST_S = (5.0, 5.0)  # with --notbs too: the daemon itself can ask the registry for the rest
+
     def __init__(self, options: Any, out: Any, blob: Blob, uploader: Callable[[], int], silent: Dict[Node, float]) -> None:
         super().__init__(options, out, content=blob.digest and "sha256:" + blob.digest)
         self._blob, self._find_uploader = blob, uploader
@@ -8721,7 +8815,7 @@ class BlobDownload(Download):
         self._look_at, self._seen = self._clock() + options.patience, 0  # when to see whether it comes fast enough; bytes until then
 
     def _register(self, node: Node) -> Registration:
-        if self._silent.get(node, 0.0) > self._clock():
+        if self._silent.get(node, 0.0) > self._clock() and not self._served:
             raise NetworkError("supernode %s has just not answered" % str(node))
         try:
             return super()._register(node)

@@ -16,6 +16,7 @@ import re
 import socket
 import socketserver
 import ssl
+import struct
 import subprocess
 import threading
 import time
@@ -29,20 +30,29 @@ Content = NamedTuple("Content", [
     ("ranges", bool),                   # answer Range with 206
     ("gzip", bool),                     # encode (chunked) for those who accept gzip
     ("redirect_to", Optional[str]),     # 302 to there
+    ("redirect_status", int),           # or another status
+    ("tickets", bool),                  # 403 but for a redirect's own "?ticket=N", which is good for one request
     ("head", bool),                     # False: 405 for HEAD
     ("auth", Optional[str]),            # the Authorization value without which the answer is 401
     ("rate", Optional[float]),          # bytes per second
     ("delay", float),                   # seconds before the answer's first byte
     ("stall_after", Optional[int]),     # after this many bytes hang until `release`
     ("cut_after", Optional[int]),       # after this many bytes close the connection
+    ("reset", bool),                    # cut_after resets the connection
     ("status", Optional[int]),          # this status instead of an answer
+    ("retry_after", Optional[str]),     # with this header
+    ("middle", Optional[int]),          # this status to whoever asks for a range
+    ("declared", Optional[int]),        # the Content-Length, whatever there is to send
+    ("tag", Optional[str]),             # the ETag, instead of one that the bytes have made
+    ("conditional", bool),              # False: If-None-Match, If-Modified-Since and If-Range are not understood
     ("wrong", Optional[int]),           # the byte at this offset is sent flipped
     ("once", bool),                     # stall_after, cut_after, status and wrong concern only the first GET
     ("headers", Tuple[Tuple[str, str], ...]),  # sent in addition
 ])
 
 PLAIN = Content(data=b"", etag=True, last_modified=True, length=True, ranges=True, gzip=False, redirect_to=None,
-                head=True, auth=None, rate=None, delay=0.0, stall_after=None, cut_after=None, status=None, wrong=None,
+                redirect_status=302, tickets=False, head=True, auth=None, rate=None, delay=0.0, stall_after=None, cut_after=None,
+                reset=False, status=None, retry_after=None, middle=None, declared=None, tag=None, conditional=True, wrong=None,
                 once=False, headers=())
 
 WELL = dict(stall_after=None, cut_after=None, status=None, wrong=None)  # what `once` takes away
@@ -74,6 +84,7 @@ class Origin:
         self.log: List[Record] = []
         self.contents: Dict[str, Content] = {}
         self.gates: Dict[str, threading.Event] = {}
+        self.tickets: List[int] = []              # that redirects have given out
         self.closing = threading.Event()
         self._server = _Server(host, self, tls)
         self.port = self._server.server_address[1]
@@ -105,6 +116,22 @@ class Origin:
     def release(self, name: str) -> None:
         """Let the stalled answers of `name` go on."""
         self.gates[name].set()
+
+    def ticket_to(self, url: str) -> str:
+        """Return where a redirect leads; to a file that wants tickets with one."""
+        name = url.rpartition("/")[2]
+        if name not in self.contents or not self.contents[name].tickets:
+            return url
+        self.tickets.append(len(self.log))
+        return "%s?ticket=%d" % (url, self.tickets[-1])
+
+    def take_ticket(self, path: str) -> bool:
+        """Return whether this request has a ticket, which is gone then."""
+        ticket = path.rpartition("?ticket=")[2]
+        if not ticket.isdigit() or int(ticket) not in self.tickets:
+            return False
+        self.tickets.remove(int(ticket))
+        return True
 
     def requests(self, name: str, method: str = "GET") -> List[Record]:
         return [r for r in list(self.log) if r.name == name and r.method == method]
@@ -230,14 +257,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _content(self, record: Record, what: Content) -> None:
         if record.method == "HEAD" and not what.head:
             return self._short(record, 405)
-        if what.status:
-            return self._short(record, what.status)
+        if what.status or (what.middle and record.range):
+            return self._short(record, what.status or what.middle or 0, **({"Retry_After": what.retry_after} if what.retry_after else {}))
         if what.redirect_to:
-            return self._short(record, 302, Location=what.redirect_to)
+            return self._short(record, what.redirect_status, Location=self.server.origin.ticket_to(what.redirect_to))
+        if what.tickets and not self.server.origin.take_ticket(record.path):
+            return self._short(record, 403)
         if what.auth and record.headers.get("authorization") != what.auth:
             return self._short(record, 401, WWW_Authenticate="Basic realm=\"station\"")
-        tag = '"%s"' % hashlib.md5(what.data).hexdigest()
+        tag = what.tag or '"%s"' % hashlib.md5(what.data).hexdigest()
         date = email.utils.formatdate(MODIFIED, usegmt=True)
+        if not what.conditional:
+            for name in ("if-none-match", "if-modified-since", "if-range"):
+                record.headers.pop(name, None)
         if what.etag and "if-none-match" in record.headers:
             if tag in record.headers["if-none-match"]:
                 return self._short(record, 304, ETag=tag)
@@ -272,7 +304,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if chunked:
             self.send_header("Transfer-Encoding", "chunked")
         else:
-            self.send_header("Content-Length", str(stop - start))
+            self.send_header("Content-Length", str(stop - start if what.declared is None else what.declared))
         self.end_headers()
         if record.method == "HEAD":
             return None
@@ -293,7 +325,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                     piece = body[max(at, limit):at + step]
                     if limit is what.cut_after:
                         self.wfile.flush()
-                        raise _Cut()
+                        self._cut(what)
                     self.wfile.flush()
                     while not gate.wait(0.02):
                         if closing.is_set():
@@ -305,6 +337,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 raise _Cut()
         if chunked:
             self.wfile.write(b"0\r\n\r\n")
+
+    def _cut(self, what: Content) -> None:
+        """End the connection, politely or not."""
+        if what.reset:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
+        raise _Cut()
 
     def _write(self, record: Record, piece: memoryview, chunked: bool) -> None:
         if not len(piece):

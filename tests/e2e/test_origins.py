@@ -1,9 +1,11 @@
 """What origins do: chunked, rangeless, gzipped, redirecting, guarded, broken, slow and far."""
 import base64
+import email.utils
 import socket
+import time
 
 import pytest
-from world import CONTENT, MB, bad, md5, wait_for
+from world import CONTENT, MB, bad, good, md5, wait_for
 
 SIZE = 3 * MB + 7
 
@@ -215,3 +217,176 @@ def test_an_md5_that_the_origin_does_not_match_is_found_even_when_bytes_are_flip
     data = blob(SIZE)
     url = origin.put("f", data, wrong=SIZE // 2)
     bad(host().get(url, "-m", md5(data), "-e", "8"), 9)
+
+
+# ---- origins that are not well at the moment ---------------------------------------------------------------------------
+
+def two_ways(command):
+    """The swarm alone, and the origin alone: an origin must be borne with by both."""
+    return pytest.mark.parametrize("way", [("--notbs",), ("-p", "source")], ids=["p2p", "source"])(command)
+
+
+def gaps_s(origin):
+    """The pauses between the requests that the origin saw."""
+    times = [r.started for r in origin.log]
+    return [later - sooner for sooner, later in zip(times, times[1:])]
+
+
+@two_ways
+@pytest.mark.parametrize("status", [429, 503])
+def test_an_origin_that_says_when_it_wants_to_be_asked_again_is_asked_then(origin, supernode, host, blob, status, way):
+    supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data, status=status, retry_after="2", once=True)
+    host().get(url, *way, check=data)
+    assert [r.status for r in origin.log] == [status, 200] and gaps_s(origin)[0] >= 2.0, (origin.log, gaps_s(origin))
+
+
+@two_ways
+def test_a_time_of_day_is_understood_as_well(origin, supernode, host, blob, way):
+    supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data, status=503, retry_after=email.utils.formatdate(time.time() + 4.0, usegmt=True), once=True)
+    host().get(url, *way, check=data)
+    assert [r.status for r in origin.log] == [503, 200] and gaps_s(origin)[0] >= 1.0, (origin.log, gaps_s(origin))
+
+
+@two_ways
+def test_an_origin_that_asks_for_more_than_anybody_waits_is_given_up_at_once(origin, supernode, host, blob, way):
+    supernode()
+    url = origin.put("f", blob(SIZE), status=429, retry_after="3600")
+    result = bad(host().get(url, *way), 8)
+    assert "429" in result.out and len(origin.log) == 1 and result.seconds < 20, origin.log
+
+
+def test_an_origin_that_wants_to_be_left_alone_for_long_is(origin, supernode, host, blob):
+    """The next client is told so by the supernode, though a failure else stands for a moment only."""
+    supernode("--fail-access-interval", "100ms")
+    url = origin.put("f", blob(SIZE), status=429, retry_after="3600")
+    for _ in range(2):
+        assert "429" in bad(host().get(url, "--notbs"), 8).out
+    assert len(origin.log) == 1, origin.log
+
+
+@two_ways
+def test_the_wish_for_a_pause_is_heard_in_the_middle_too(origin, supernode, host, blob, way):
+    supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data, cut_after=SIZE // 2, once=True, rate=8 * MB)
+    command = host().start(url, *way)
+    wait_for(lambda: origin.bytes_sent("f") > 0, 10)
+    origin.change("f", status=429, retry_after="2", once=True)
+    good(command.wait(), data)
+    assert [r.status for r in origin.log] == [200, 429, 206] and gaps_s(origin)[1] >= 2.0, (origin.log, gaps_s(origin))
+    assert origin.bytes_sent("f") <= SIZE + CONTENT * 2, origin.log
+
+
+@two_ways
+@pytest.mark.parametrize("status", [500, 502, 503, 429])
+def test_an_origin_that_fails_once_is_asked_again(origin, supernode, host, blob, status, way):
+    supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data, status=status, once=True)
+    host().get(url, *way, check=data)
+    assert [r.status for r in origin.log] == [status, 200], origin.log
+
+
+@two_ways
+def test_a_connection_that_is_reset_is_made_again(origin, supernode, host, blob, way):
+    supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data, cut_after=SIZE // 2, reset=True, once=True)
+    host().get(url, *way, check=data)
+    assert len(origin.log) == 2, origin.log
+
+
+# ---- redirects -------------------------------------------------------------------------------------------------------------
+
+@two_ways
+def test_where_a_redirect_leads_is_good_for_one_request(origin, supernode, host, blob, way):
+    """As with signed URLs: the rest is asked for where the user said, not where the first redirect led."""
+    supernode()
+    data = blob(SIZE)
+    url = origin.put("here", redirect_to=origin.put("there", data, tickets=True, cut_after=SIZE // 2, once=True))
+    host().get(url, *way, check=data)
+    assert [(r.name, r.status) for r in origin.log] == [("here", 302), ("there", 200), ("here", 302), ("there", 206)], origin.log
+
+
+@two_ways
+def test_every_kind_of_redirect_is_followed(origin, supernode, host, blob, way):
+    supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data)
+    for status in (301, 302, 303, 307, 308):
+        url = origin.put("from%d" % status, redirect_to=url, redirect_status=status)
+    host().get(url, *way, check=data)
+    assert [r.status for r in origin.log] == [308, 307, 303, 302, 301, 200], origin.log
+
+
+# ---- resumes that the origin does not take as they are meant ---------------------------------------------------------------
+
+@two_ways
+def test_an_origin_that_refuses_to_begin_in_the_middle_is_asked_for_all(origin, supernode, host, blob, way):
+    supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data, cut_after=SIZE // 2, once=True, middle=416)
+    host().get(url, *way, check=data)
+    assert [r.status for r in origin.log] == [200, 416, 200], origin.log
+
+
+@pytest.mark.parametrize("how", [dict(data=2), dict(data=2, conditional=False), dict(data=2, conditional=False, etag=False),
+                                 dict(tag='"another"'), dict(etag=False, conditional=False), dict(data=2, middle=416), dict(data=2, size=SIZE - MB)],
+                         ids=["file", "if_range_ignored", "untagged", "tag", "tag_lost", "refused", "shorter"])
+@pytest.mark.parametrize("way", [(), ("--notbs",), ("-p", "source")], ids=["either", "p2p", "source"])
+def test_what_may_be_another_file_is_never_put_together_with_the_first(origin, supernode, host, blob, how, way):
+    """The connection breaks in the middle, and what names the version is another one when the rest is asked for."""
+    supernode()
+    url = origin.put("f", blob(SIZE, 1), stall_after=SIZE // 2)
+    here = host()
+    command = here.start(url, *way)
+    wait_for(lambda: origin.bytes_sent("f") >= SIZE // 2, 10)
+    how = dict(how)
+    new = blob(how.pop("size", SIZE), how.pop("data", 1))
+    origin.put("f", new, **how)
+    origin.hang_up()
+    result = command.wait()
+    if result.code and "--notbs" in way:
+        bad(result, 8)
+    else:
+        good(result, new)
+
+
+@pytest.mark.parametrize("etag", [True, False])
+def test_what_a_restarted_supernode_kept_is_not_sent_again_by_an_origin_that_knows_no_conditions(origin, supernode, host, blob, etag):
+    node = supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data, stall_after=SIZE - MB, once=True, conditional=False, etag=etag)
+    command = host().start(url)
+    wait_for(lambda: node.bytes_sent() >= SIZE - 2 * MB, 20)
+    node.kill()
+    command.kill()
+    before = origin.bytes_sent("f")
+    again = supernode(home=node.home)
+    host().get(url, "--notbs", node=again.node, check=data)
+    ranged = [r for r in origin.requests("f") if r.range]
+    assert before and len(ranged) == 1 and ranged[0].bytes_sent <= 2 * MB, origin.log
+
+
+# ---- lengths that are not true -----------------------------------------------------------------------------------------------
+
+@two_ways
+def test_a_length_that_is_too_long_is_an_error(origin, supernode, host, blob, way):
+    supernode()
+    url = origin.put("f", blob(SIZE), declared=SIZE + 1000, cut_after=SIZE)
+    bad(host().get(url, *way), 8)
+    assert len(origin.log) <= 6, origin.log
+
+
+@two_ways
+def test_of_a_file_whose_length_is_too_short_nobody_takes_more_than_was_said(origin, supernode, host, blob, way):
+    """All that HTTP lets a client see; a digest tells."""
+    supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data, declared=SIZE - 1000)
+    host().get(url, *way, check=data[:-1000])
+    bad(host().get(url, "-m", md5(data), *way))

@@ -340,7 +340,7 @@ def test_what_the_supernode_kept_has_the_piece_size_that_clients_are_told_while_
 
 
 def test_the_supernode_restarted_on_its_ports_is_taken_up_again(origin, supernode, host, blob):
-    """The download that is under way goes on, through the restarted supernode or from the origin, keeping its pieces."""
+    """The download that is under way goes on, keeping its pieces; nobody goes to the origin because of a pause."""
     node = supernode()
     data = blob(SIZE)
     url = origin.put("f", data, stall_after=STALL, once=True)
@@ -348,7 +348,22 @@ def test_the_supernode_restarted_on_its_ports_is_taken_up_again(origin, supernod
     wait_for(lambda: node.bytes_sent() >= STALL - MB, 20)
     node.kill()
     supernode(home=node.home, ports=(node.port, node.cdn_port))
-    good(command.wait(), data)
+    assert good(command.wait(), data).reason == 0
+    assert origin.bytes_sent("f") <= SIZE + 2 * MB, origin.requests("f")
+
+
+def test_a_restarted_supernode_whose_origin_is_slow_costs_nobody_his_pieces(origin, supernode, host, blob):
+    """The origin answers later than a register waits: until then nobody knows whether the pieces are still of its file."""
+    node = supernode()
+    data = blob(SIZE)
+    url = origin.put("f", data, stall_after=STALL, once=True)
+    command = host().start(url)
+    wait_for(lambda: node.bytes_sent() >= STALL - MB, 20)
+    origin.change("f", delay=4.0)
+    node.kill()
+    again = supernode(home=node.home, ports=(node.port, node.cdn_port))
+    assert good(command.wait(), data).reason == 0
+    assert again.bytes_sent() <= SIZE - STALL + 2 * MB
 
 
 def test_an_interrupt_ends_at_once_and_can_be_resumed(origin, supernode, host, blob):

@@ -1,5 +1,6 @@
 """The tests' own origin does what its options say; without this the other tests prove nothing."""
 import gzip
+import socket
 import threading
 import time
 
@@ -66,6 +67,33 @@ def test_it_fails_on_demand_and_only_once(origin, blob):
     origin.put("h", data, wrong=7, once=True)
     assert get(origin, "h").body == data[:7] + bytes([data[7] ^ 255]) + data[8:]
     assert get(origin, "h").body == data
+
+
+def test_it_redirects_to_what_is_good_for_one_request(origin, blob):
+    there = origin.put("there", blob(10), tickets=True)
+    origin.put("here", redirect_to=there, redirect_status=307)
+    answer = get(origin, "here")
+    name = answer.headers["location"].rpartition("/")[2]
+    assert answer.status == 307 and [get(origin, n).status for n in ("there", name, name)] == [403, 200, 403]
+
+
+def test_it_breaks_every_rule_on_demand(origin, blob):
+    data = blob(100000)
+    origin.put("f", data, status=429, retry_after="7", once=True)
+    assert get(origin, "f").headers["retry-after"] == "7" and get(origin, "f").status == 200
+    origin.put("f", data, middle=416)
+    assert get(origin, "f").status == 200 and get(origin, "f", Range="bytes=5-").status == 416
+    origin.put("f", data, declared=5)
+    assert get(origin, "f").body == data[:5]
+    origin.put("f", data, tag='"mine"', conditional=False)
+    assert get(origin, "f").headers["etag"] == '"mine"'
+    assert get(origin, "f", If_None_Match='"mine"').status == 200 and get(origin, "f", Range="bytes=5-", If_Range='"other"').status == 206
+    origin.put("f", data, cut_after=5000, reset=True)
+    with socket.create_connection(("127.0.0.1", origin.port), 10) as s:
+        s.sendall(b"GET /f HTTP/1.1\r\nHost: x\r\n\r\n")
+        with pytest.raises(ConnectionResetError):
+            while s.recv(65536):
+                pass
 
 
 def test_it_stalls_until_released_and_keeps_a_rate(origin, blob):

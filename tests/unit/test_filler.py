@@ -70,3 +70,52 @@ def test_gaps_are_filled_one_by_one_without_a_pause(station, tmp_path):
         assert file.read() == DATA
     assert [r.range for r in station.requests("f")][0] == "bytes=0-%d" % (SIZE - 6) and len(station.requests("f")) == 5
     store.close()
+
+
+def slept(answers, stopped=lambda: False):
+    """Let a Patience meet these (status, Retry-After); return the pauses that it made, and the error that was too much or None."""
+    pauses = []
+    patience = dfly.Patience(stopped, sleep=lambda seconds: pauses.__setitem__(-1, pauses[-1] + seconds))
+    for status, retry_s in answers:
+        pauses.append(0.0)
+        try:
+            patience.wait(dfly.SourceError("no", status, retry_s))
+        except dfly.DflyError as error:
+            return [round(pause, 1) for pause in pauses], error
+    return [round(pause, 1) for pause in pauses], None
+
+
+def test_an_origin_that_does_not_say_when_is_asked_three_times():
+    pauses, error = slept([(500, None)] * 9)
+    assert pauses == [0.5, 1.0, 0.0] and error.status == 500
+
+
+def test_an_origin_that_says_when_is_asked_then_for_a_minute_in_all():
+    assert slept([(429, 5.0)] * 3) == ([5.0] * 3, None)
+    pauses, error = slept([(429, 25.0)] * 9)
+    assert pauses == [25.0, 25.0, 0.0] and error.status == 429
+    pauses, error = slept([(503, 0.0)] * 20)
+    assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 0.0], "an origin that says 0 is not hammered either"
+    assert slept([(503, 61.0)])[0] == [0.0]
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 451])
+def test_a_refusal_for_good_is_not_asked_again(status):
+    assert slept([(status, 1.0)])[0] == [0.0]
+
+
+def test_who_is_told_to_stop_waits_no_longer():
+    calls = []
+    pauses, error = slept([(429, 30.0)], stopped=lambda: calls.append(1) or len(calls) > 3)
+    assert pauses == [0.6] and isinstance(error, dfly.Stalled)
+
+
+@pytest.mark.parametrize("text, least, most", [("7", 7, 7), ("0", 0, 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+                                               ("Wed, 21 Oct 2099 07:28:00 GMT", 1e9, 1e10)])
+def test_a_wish_to_be_left_alone_is_understood(text, least, most):
+    assert least <= dfly.seconds_until(text) <= most
+
+
+@pytest.mark.parametrize("text", ["", "-5", "soon", "1.5", "9" * 40, "Wed, 99 Oct 2015", "\xe4"])
+def test_a_wish_that_makes_no_sense_is_none(text):
+    assert dfly.seconds_until(text) is None
