@@ -28,25 +28,26 @@ The map:
     11. Scheduler       who fetches which piece from whom; pure
     12. CDN             from origin to seed pieces: one fetch a task
     13. Swarm           tasks and their clients over scheduler and CDN
-    14. Supernode       the API, old and native
-    15. Uploader        a host's piece server
-    16. Fetching        pieces from peers, orders from a supernode
-    17. Downloader      get: from supernode and peers, or back to source
-    18. Daemon's door   where container engines knock
-    19. Blobs           files on their way through the daemon
-    20. Daemon          registry mirror and proxy: blobs by the swarm, the rest straight
-    21. Engines         the settings of docker, containerd and podman that point at the daemon
-    22. Config Service  which supernodes there are and how they do; clients ask it for the nearest
-    23. Demo            the main job on one machine, to see it work
-    24. Command line    flags, the programs, main
+    14. Preheat         files and images brought into the cache before anybody asks
+    15. Supernode       the API, old and native
+    16. Uploader        a host's piece server
+    17. Fetching        pieces from peers, orders from a supernode
+    18. Downloader      get: from supernode and peers, or back to source
+    19. Daemon's door   where container engines knock
+    20. Blobs           files on their way through the daemon
+    21. Daemon          registry mirror and proxy: blobs by the swarm, the rest straight
+    22. Engines         the settings of docker, containerd and podman that point at the daemon
+    23. Config Service  which supernodes there are and how they do; clients ask it for the nearest
+    24. Demo            the main job on one machine, to see it work
+    25. Command line    flags, the programs, main
 
 One piece's way: the supernode reads it from the origin once (12), writes it at its offset, knows its digest and
 announces it (13).  The scheduler gives it to a peer that lacks it, from the nearest holder with a free upload slot (11);
-the order travels in the answer of a parked /peer/sync (14).  A fetcher thread of `get` (16) asks the holder for it on a
-kept-alive connection (7); the holder's event loop sends head, file bytes by sendfile and tail (6, 15).  The
+the order travels in the answer of a parked /peer/sync (15).  A fetcher thread of `get` (17) asks the holder for it on a
+kept-alive connection (7); the holder's event loop sends head, file bytes by sendfile and tail (6, 16).  The
 fetcher reads it into one reused buffer, digests it while it is in cache, writes it once at its final offset,
 journals it (8) and reports it in the one request that also asks for more work.  From then on it is served on
-from the same file, which becomes the output by a rename when every piece has been read back and found true (17).
+from the same file, which becomes the output by a rename when every piece has been read back and found true (18).
 
 Sections use only what stands above them.  "Wire: N.N" names the section of the Dragonfly protocol description
 that a piece of code implements.
@@ -3254,8 +3255,8 @@ class Origin:
         class Redirects(urllib_request.HTTPRedirectHandler):
             """Keeps credentials on the host they were given for, and looks at each new address."""
 
-            def redirect_request(self, request: Any, *args: Any) -> Any:
-                following = super().redirect_request(request, *args)
+            def redirect_request(self, request: Any, reply: Any, code: int, *args: Any) -> Any:
+                following = super().redirect_request(request, reply, 307 if code == 308 else code, *args)  # 3.11 is the first that knows 308
                 if following is not None:
                     try:
                         Origin(following.full_url, fence=origin.fence)._check_address()
@@ -3272,7 +3273,7 @@ class Origin:
                     reply.close()
                     raise
 
-            http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302  # 3.11 is the first that knows 308
+            http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
         return urllib_request.build_opener(Redirects(), http, https)
 
@@ -5586,7 +5587,7 @@ class Swarm(CdnEvents):
 
 
 # ==============================================================================
-# 131. Preheat
+# 14. Preheat
 #    A file, or all that is in an image, brought into the cache before anybody asks for
 #    it: by an operator's word, or by a registry's that something was pushed.
 # ==============================================================================
@@ -5879,7 +5880,7 @@ class Preheats:
 
 
 # ==============================================================================
-# 14. Supernode
+# 15. Supernode
 #    The HTTP API of a supernode: the old one as a thin translation onto the same
 #    calls, and ours, one long-polled request for everything.  Knows no files.
 # ==============================================================================
@@ -6542,7 +6543,7 @@ class Supernode:
 
 
 # ==============================================================================
-# 15. Uploader
+# 16. Uploader
 #    A host's piece server: one process for all downloads of a home folder, reached
 #    by them through a socket file and by the world through one port.  Outlives the
 #    downloads; knows no supernode but to say good-bye.
@@ -7017,7 +7018,7 @@ class Companion:
 
 
 # ==============================================================================
-# 16. Fetching
+# 17. Fetching
 #    The threads that fetch pieces from whoever has them, and the line to a supernode,
 #    native or old, on which they are ordered and reported.
 # ==============================================================================
@@ -7730,7 +7731,7 @@ class PullLine:
 
 
 # ==============================================================================
-# 17. Downloader
+# 18. Downloader
 #    `get`: from a supernode and its peers, or back to source; resume, the last check,
 #    progress and the last lines.
 # ==============================================================================
@@ -8321,7 +8322,7 @@ class Download:
 
 
 # ==============================================================================
-# 18. Daemon's door
+# 19. Daemon's door
 #    Where a host's container engines knock: an idle connection costs a place in a
 #    selector; a request that runs has a thread, which reads its body itself.
 # ==============================================================================
@@ -8758,7 +8759,7 @@ class Doorway(Server):
 
 
 # ==============================================================================
-# 19. Blobs
+# 20. Blobs
 #    What the daemon has of files from the swarm: one download each, and everybody who
 #    reads along.
 # ==============================================================================
@@ -9042,7 +9043,7 @@ class Blobs:
 
 
 # ==============================================================================
-# 20. Daemon
+# 21. Daemon
 #    The registry mirror and HTTP proxy: blobs come by the swarm, all else straight
 #    from where it is asked of.
 # ==============================================================================
@@ -9499,7 +9500,7 @@ class Daemon:
 
 
 # ==============================================================================
-# 21. Engines
+# 22. Engines
 #    The settings that make docker, containerd and podman ask the daemon first:
 #    put in, and taken out again without a trace.
 # ==============================================================================
@@ -9669,7 +9670,7 @@ class EngineSettings:
 
 
 # ==============================================================================
-# 22. Config Service
+# 23. Config Service
 #    Which supernodes there are and how they do: they say so themselves, and clients
 #    ask for the nearest.  Its books and its API; the supernode's word to it; and the
 #    client's list, which outlives it.  Knows no tasks.
@@ -10199,7 +10200,7 @@ class NodeList:
 
 
 # ==============================================================================
-# 23. Demo
+# 24. Demo
 #    The main job on one machine, to see it work.
 # ==============================================================================
 
@@ -10348,7 +10349,7 @@ class Demo:
 
 
 # ==============================================================================
-# 24. Command line
+# 25. Command line
 #    Flags, the programs they start, and what a link's name means.
 # ==============================================================================
 
