@@ -9005,7 +9005,11 @@ class Blobs:
         """Remove blobs of an earlier run, and halves of blobs, that nobody has asked for again.  Wire: 11.4"""
         with self._lock:
             busy = tuple(prefix + os.path.basename(blob.path) for blob in self._blobs.values() for prefix in ("", "."))
-        for name in os.listdir(self.repo):
+        try:
+            names = os.listdir(self.repo)
+        except OSError:  # whoever wants to write there will say it
+            return
+        for name in names:
             path, keep_s = os.path.join(self.repo, name), LEFTOVER_S if ".dfly" in name else self._keep_s
             try:
                 if (".dfly" in name or _BY_DIGEST.match(name)) and not name.startswith(busy or ("/",)) and time.time() > os.stat(path).st_mtime + keep_s:

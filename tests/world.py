@@ -596,6 +596,9 @@ class World:
                 complaints.append("an uploader did not end within 10 s of SIGTERM")
 
     def _left_behind(self) -> List[str]:
+        end = time.monotonic() + 5
+        while marked(self.mark) and time.monotonic() < end:  # one that was told to end may still be saying good-bye
+            time.sleep(0.01)
         complaints = ["process left behind: %d %s" % item for item in marked(self.mark).items()]
         complaints += ["file left behind in TMPDIR: " + name for name in os.listdir(self.tmp)]
         for command in self.commands:
