@@ -4773,6 +4773,9 @@ class CdnTask:
         assert self.caching and self.store
         try:
             reply = origin.vouch(if_none_match(self.version))
+            if reply.status != 304 and not reply.version:  # not every origin answers HEAD as it answers GET
+                reply = origin.open(headers=if_none_match(self.version))
+                reply.close()
         except SourceError as error:
             if error.status in (401, 403, 407):
                 raise

@@ -33,6 +33,7 @@ Content = NamedTuple("Content", [
     ("redirect_status", int),           # or another status
     ("tickets", bool),                  # 403 but for a redirect's own "?ticket=N", which is good for one request
     ("head", bool),                     # False: 405 for HEAD
+    ("bare_head", bool),                # HEAD says nothing of the file
     ("auth", Optional[str]),            # the Authorization value without which the answer is 401
     ("rate", Optional[float]),          # bytes per second
     ("delay", float),                   # seconds before the answer's first byte
@@ -51,7 +52,7 @@ Content = NamedTuple("Content", [
 ])
 
 PLAIN = Content(data=b"", etag=True, last_modified=True, length=True, ranges=True, gzip=False, redirect_to=None,
-                redirect_status=302, tickets=False, head=True, auth=None, rate=None, delay=0.0, stall_after=None, cut_after=None,
+                redirect_status=302, tickets=False, head=True, bare_head=False, auth=None, rate=None, delay=0.0, stall_after=None, cut_after=None,
                 reset=False, status=None, retry_after=None, middle=None, declared=None, tag=None, conditional=True, wrong=None,
                 once=False, headers=())
 
@@ -257,6 +258,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _content(self, record: Record, what: Content) -> None:
         if record.method == "HEAD" and not what.head:
             return self._short(record, 405)
+        if record.method == "HEAD" and what.bare_head:
+            return self._short(record, 200)
         if what.status or (what.middle and record.range):
             return self._short(record, what.status or what.middle or 0, **({"Retry_After": what.retry_after} if what.retry_after else {}))
         if what.redirect_to:

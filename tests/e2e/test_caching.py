@@ -46,6 +46,15 @@ def test_a_stale_file_is_asked_for_and_given_on_while_it_is_the_same(origin, sup
         assert asked == [("GET", 200)] + [question] * count
 
 
+def test_an_origin_whose_head_says_nothing_is_asked_by_a_conditional_get(origin, supernode, host, blob):
+    supernode()
+    url = origin.put("f", blob(SIZE), headers=said("no-cache"), bare_head=True)
+    host().get(url, check=blob(SIZE))
+    later()
+    host().get(url, "--notbs", check=blob(SIZE))
+    assert questions(origin) == [("GET", 200), ("HEAD", 200), ("GET", 304)]
+
+
 def test_many_who_ask_at_once_are_one_question(origin, supernode, host, blob):
     supernode()
     url = origin.put("f", blob(SIZE), headers=said("max-age=0"))
