@@ -3,6 +3,7 @@
 
 MD5 and SHA-256 of many messages at once, each in one lane of the processor's vectors.  How wide these are is found out when the
 module is imported, so one built file serves a mixed fleet; DFLY_LANES=plain|sse2|avx2|avx512 chooses another width that is there.
+A processor with instructions of its own for SHA-256 takes two messages at once by those instead: one alone leaves them idle half the time.
 """
 import hashlib
 import os
@@ -179,13 +180,55 @@ cdef extern from *:
     BOTH(plain, v4, 4, )
     #if defined(__x86_64__) || defined(__i386__)
     #include <cpuid.h>
+    #include <immintrin.h>
     BOTH(sse2, v4, 4, __attribute__((target("sse2"))))
     BOTH(avx2, v8, 8, __attribute__((target("avx2"))))
     BOTH(avx512, v16, 16, __attribute__((target("avx512f"))))
+
+    /* SHA-256 by the processor's own instructions, G messages side by side: the steps of one fill the gaps of another.  The state
+       words lie as these want them, {f, e, b, a} and {h, g, d, c}. */
+    #define SHA_UNIT(G) \
+    __attribute__((target("sha,sse4.1"))) static void sha256_unit_##G(uint32_t *state, const uint8_t *const *p, size_t blocks) { \
+        const __m128i swap = _mm_set_epi32(0x0c0d0e0f, 0x08090a0b, 0x04050607, 0x00010203); \
+        __m128i ab[G], cd[G]; \
+        EACH(G) { \
+            ab[g] = _mm_set_epi32((int)state[g], (int)state[G + g], (int)state[4 * G + g], (int)state[5 * G + g]); \
+            cd[g] = _mm_set_epi32((int)state[2 * G + g], (int)state[3 * G + g], (int)state[6 * G + g], (int)state[7 * G + g]); \
+        } \
+        for (size_t at = 0; at < 64 * blocks; at += 64) { \
+            __m128i ab0[G], cd0[G], w[G][4]; \
+            EACH(G) { \
+                ab0[g] = ab[g]; cd0[g] = cd[g]; \
+                for (int i = 0; i < 4; i++) w[g][i] = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(p[g] + at + 16 * i)), swap); \
+            } \
+            _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) { \
+                EACH(G) { \
+                    __m128i k = _mm_add_epi32(w[g][i & 3], _mm_loadu_si128((const __m128i *)(SHA_K + 4 * i))); \
+                    cd[g] = _mm_sha256rnds2_epu32(cd[g], ab[g], k); \
+                    ab[g] = _mm_sha256rnds2_epu32(ab[g], cd[g], _mm_shuffle_epi32(k, 0x0e)); \
+                } \
+                if (i < 12) EACH(G) { \
+                    __m128i next = _mm_alignr_epi8(w[g][(i + 3) & 3], w[g][(i + 2) & 3], 4); \
+                    next = _mm_add_epi32(_mm_sha256msg1_epu32(w[g][i & 3], w[g][(i + 1) & 3]), next); \
+                    w[g][i & 3] = _mm_sha256msg2_epu32(next, w[g][(i + 3) & 3]); \
+                } \
+            } \
+            EACH(G) { ab[g] = _mm_add_epi32(ab[g], ab0[g]); cd[g] = _mm_add_epi32(cd[g], cd0[g]); } \
+        } \
+        EACH(G) { \
+            uint32_t s[4]; \
+            _mm_storeu_si128((__m128i *)s, ab[g]); \
+            state[g] = s[3]; state[G + g] = s[2]; state[4 * G + g] = s[1]; state[5 * G + g] = s[0]; \
+            _mm_storeu_si128((__m128i *)s, cd[g]); \
+            state[2 * G + g] = s[3]; state[3 * G + g] = s[2]; state[6 * G + g] = s[1]; state[7 * G + g] = s[0]; \
+        } \
+    }
+    SHA_UNIT(1)
+    SHA_UNIT(2)
     #endif
 
     typedef struct { const char *name; int lanes; kernel md5[2], sha256[2]; } width;  /* kernels of one group of lanes, and of two */
-    static width widths[4];
+    static width widths[4], unit = {"sha", 1, {NULL, NULL}, {NULL, NULL}};  /* and what a processor has for SHA-256 alone */
 
     /* Return how many widths this processor has, the best one last. */
     static int find_widths(void) {
@@ -200,11 +243,14 @@ cdef extern from *:
         return n;
     }
 
-    /* Return whether the processor has instructions of its own for SHA-256, which a library then uses. */
+    /* Return whether the processor has instructions of its own for SHA-256, which a library then uses; `unit` has ours where we know how. */
     static int has_sha(void) {
     #if defined(__x86_64__) || defined(__i386__)
         unsigned a, b, c, d;
-        return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b >> 29 & 1);
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b >> 29 & 1) || !__builtin_cpu_supports("sse4.1")) return 0;
+        unit.sha256[0] = sha256_unit_1;
+        unit.sha256[1] = sha256_unit_2;
+        return 1;
     #elif defined(__ARM_FEATURE_SHA2)
         return 1;
     #else
@@ -338,9 +384,11 @@ cdef extern from *:
         }
     }
     """
+    ctypedef void (*kernel)(unsigned *state, const uint8_t *const *p, size_t blocks) nogil
     ctypedef struct width:
         const char *name
         int lanes
+        kernel *sha256
     ctypedef struct message:
         const uint8_t *head
         const uint8_t *data
@@ -349,6 +397,7 @@ cdef extern from *:
         int fd, fault
         off_t offset
     width widths[4]
+    width unit
     int MOST, CHUNK
     int find_widths() nogil
     int has_sha() nogil
@@ -363,19 +412,21 @@ if os.environ.get("DFLY_LANES") in _names:
 
 #: How wide the vectors in use are: plain, sse2, avx2 or avx512.
 LANES = _names[_best]
-#: From how many messages on they are faster than one after the other by hashlib; what has instructions of its own is hard to beat.
-WORTH = {"md5": 2, "sha256": (10 if LANES == "avx512" else 1 << 30) if has_sha() else 3 if LANES == "avx512" else 6}
+_own = bool(has_sha())  # whether the processor, and so hashlib, has instructions for SHA-256,
+_unit = unit.sha256[0] != NULL and LANES != os.environ.get("DFLY_LANES")  # and whether they are in use here
+#: From how many messages on it is faster than one after the other by hashlib; what has instructions of its own is hard to beat by vectors.
+WORTH = {"md5": 2, "sha256": 2 if _unit else (10 if LANES == "avx512" else 1 << 30) if _own else 3 if LANES == "avx512" else 6}
 
 
 def digest_many(str kind, list messages, str lanes=""):
     """Return the digests (bytes) of messages, each (head, data, tail): head and tail are bytes, at most 60 of them together, data any
     contiguous buffer or (fd, offset, length) of a file; b"" for one whose file ends too early.  `kind` is md5 or sha256; `lanes` another
-    width than LANES, for comparison.
+    width than LANES, or sha for the processor's own instructions, for comparison.
 
     One thread, without the GIL.  Raises ValueError, BufferError, OSError.
     """
     cdef int big = kind == "sha256"
-    cdef int wide = _names.index(lanes) if lanes else _best
+    cdef const width *wide
     cdef Py_ssize_t count = len(messages), i = 0, size = 32 if big else 16
     cdef Py_buffer *views
     cdef message *laid
@@ -384,6 +435,10 @@ def digest_many(str kind, list messages, str lanes=""):
     cdef uint8_t *chunks = NULL
     if kind not in ("md5", "sha256"):
         raise ValueError(kind)
+    if big and (lanes == "sha" and unit.sha256[0] or _unit and not lanes):
+        wide = &unit
+    else:
+        wide = &widths[_names.index(lanes) if lanes else _best]
     if not count:
         return []
     views = <Py_buffer *>calloc(count, sizeof(Py_buffer))
@@ -411,7 +466,7 @@ def digest_many(str kind, list messages, str lanes=""):
         out = bytes(count * size)
         found = out
         with nogil:
-            digest_all(&widths[wide], big, laid, count, found, chunks)
+            digest_all(wide, big, laid, count, found, chunks)
         for i in range(count):
             if laid[i].fault > 0:
                 raise OSError(laid[i].fault, os.strerror(laid[i].fault))

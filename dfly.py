@@ -2179,17 +2179,17 @@ class HttpLink:
         the seconds that a round trip takes of late, 0.1 where the kernel doesn't say.
 
         What a sender has under way beyond that only waits in queues: ours for the pieces of others, and in front of
-        every request.  With 50 ms of buffer on each link it costs a swarm 4 % of its time.
+        every request.  With 50 ms of buffer on each link it costs a swarm 4 % of its time, and 128 KB instead of 48 2 %.
         """
         shortest, usual = round_trips(self.sock)
         if hasattr(socket, "TCP_WINDOW_CLAMP"):
             segment = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)  # 64 KB within a host: few of them stall it
-            window = min(max(128 << 10, 16 * segment, int(pace * (0.03 + 3 * shortest))), 1 << 30)
+            window = min(max(48 << 10, 16 * segment, int(pace * (0.03 + 3 * shortest))), 1 << 30)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, window)
             if not self._heap_most:
                 self._poll = select.poll()
                 self._poll.register(self.sock, select.POLLIN)
-            self._heap_most = window // 2
+            self._heap_most = window // 3
         return usual or 0.1
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ sys.path.insert(0, ROOT)
 import dfly  # noqa: E402
 
 EDGES = [0, 1, 3, 55, 56, 57, 59, 60, 61, 63, 64, 65, 119, 120, 121, 127, 128, 129, 191, 192, 1000]
-WIDTHS = ("plain", "sse2", "avx2", "avx512")
+WIDTHS = ("plain", "sse2", "avx2", "avx512")  # and "sha": the processor's own instructions, for SHA-256 alone
 #: Draws messages of all kinds, for a process of its own as well.
 CHECK = """
 import hashlib, random, sys, tempfile
@@ -54,24 +54,23 @@ def fast():
     return pytest.importorskip("_fastpiece", reason="the accelerator is not built")
 
 
-def here(width):
+def here(width, kind="sha256"):
     """Skip where the processor lacks a width."""
     try:
-        fast().digest_many("md5", [(b"", b"", b"")], width)
+        fast().digest_many(kind, [(b"", b"", b"")], width)
     except ValueError:
         pytest.skip("this processor has no %s" % width)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("kind", ["md5", "sha256"])
+@pytest.mark.parametrize("kind,width", [(kind, width) for kind in ("md5", "sha256") for width in WIDTHS] + [("sha256", "sha")])
 def test_every_edge_with_and_without_the_wrapper(kind, width):
-    here(width)
+    here(width, kind)
     rng = random.Random(7)
     messages = [(head, bytes(rng.randrange(256) for _ in range(size)), tail) for size in EDGES for head, tail in ((b"", b""), (b"\0\1\2\3", b"\x7f"))]
     assert fast().digest_many(kind, messages, width) == [hashlib.new(kind, b"".join(message)).digest() for message in messages]
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", WIDTHS + ("sha",))
 def test_random_sizes_alignments_and_numbers(width):
     here(width)
     subprocess.run([sys.executable, "-c", CHECK, "1", "60"], cwd=ROOT, env=dict(os.environ, DFLY_LANES=width), check=True)
@@ -156,7 +155,7 @@ def test_a_build_with_sanitizers_finds_nothing(tmp_path):
     built = subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=str(tmp_path), stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT, env=dict(os.environ, CC=compiler, CFLAGS=flags, LDFLAGS=flags, DFLY_CFLAGS="-O1"))
     assert built.returncode == 0, built.stdout.decode()
-    for width in WIDTHS:
+    for width in WIDTHS + ("sha",):
         done = subprocess.run([sys.executable, "-c", CHECK, "2", "12"], cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               env=dict(os.environ, DFLY_LANES=width, LD_PRELOAD=":".join(libraries), ASAN_OPTIONS="detect_leaks=0"))
         assert done.returncode == 0, done.stdout.decode()
