@@ -114,6 +114,9 @@ REASON_NO_SOURCE = 1000  # added when the origin was not allowed
 #: a supernode's piece answers carry "sha256:<hex>" of the plain piece.
 DFLY_HEADER = "x-dfly"
 
+#: By this a supernode that registers with another says so, and as which version it knows the file ("" where it does not).
+SIBLING_HEADER = "x-dfly-sibling"
+
 #: Largest body that is read at all, in bytes: a sync with 700 reports is 40 KB, a register with CAs 200 KB.
 MAX_BODY = 1 << 20
 #: Largest request or answer head, in bytes (nginx allows 32 KB in all).
@@ -398,6 +401,7 @@ class Metrics:
         ("dfly_fetches", "Fetches from origins under way."),
         ("dfly_fetches_waiting", "Fetches that wait for their turn."),
         ("dfly_origin_bytes_total", "Bytes read from origins."),
+        ("dfly_sibling_bytes_total", "Bytes that other supernodes and their clients have sent instead."),
         ("dfly_sent_bytes_total", "Bytes of files sent to others."),
         ("dfly_saved_bytes_total", "Bytes that did not have to be sent, since pieces went compressed."),
         ("dfly_received_bytes_total", "Bytes that clients say they have got, by source."),
@@ -3193,7 +3197,7 @@ class Origin:
         import ssl
         import urllib.error
         import urllib.request
-        self._check_address()
+        self.check_address()
         request = urllib.request.Request(self._asked, method=method)
         for name, value in list(self.headers.items()) + list(headers):
             if name.lower() not in ("range", "host", "accept-encoding", "content-length", "connection"):
@@ -3233,7 +3237,8 @@ class Origin:
             return TlsError("%s: %s" % (self.url, getattr(reason, "verify_message", "") or getattr(reason, "reason", "") or reason))
         return SourceError("%s: %s" % (self.url, getattr(reason, "strerror", None) or reason or type(reason).__name__))
 
-    def _check_address(self) -> None:
+    def check_address(self) -> None:
+        """Raise BadRequest, SourceError unless this is a URL that may be asked."""
         parts = urlsplit(self._asked)
         if parts.scheme.lower() not in ("http", "https") or not parts.hostname:
             raise BadRequest("not an http(s) URL: %.200r" % self.url)
@@ -3259,7 +3264,7 @@ class Origin:
                 following = super().redirect_request(request, reply, 307 if code == 308 else code, *args)  # 3.11 is the first that knows 308
                 if following is not None:
                     try:
-                        Origin(following.full_url, fence=origin.fence)._check_address()
+                        Origin(following.full_url, fence=origin.fence).check_address()
                     except DflyError as error:
                         raise SourceError("%s: redirects to what is not fetched: %s" % (origin.url, error), getattr(error, "status", 0))
                     if urlsplit(following.full_url).netloc == urlsplit(request.full_url).netloc:
@@ -4682,8 +4687,24 @@ class DiskRules(NamedTuple):
         return "full" if free < self.full else "young" if free < self.young and unused_s > YOUNG_S else ""
 
 
+class Sibling:
+    """Another supernode that has, or gets, a task's file, and has taken us in for it."""
+
+    version = ""  # what it is told to be a version of, as an origin says it or as the sibling names it itself
+    length = None  # type: Optional[int]  # of the file, None while it is not known
+    piece_size = 0  # as it was cut there
+    caching = None  # type: Optional[Caching]  # as the origin has said it, None where that is not known
+
+    def fill(self, store: TaskFile, on_piece: Callable[[int, int], None], on_length: Callable[[], None], stopped: Callable[[], bool]) -> None:
+        """Fetch every missing piece, and tell of each with its bytes.  Raises whatever makes that impossible."""
+        raise NotImplementedError
+
+
 class CdnEvents:
     """What a CDN task tells its owner; called on the task's thread, without a lock."""
+
+    def on_way(self, task: "CdnTask") -> None:
+        """It is decided whether a sibling is asked first (`relays`)."""
 
     def on_known(self, task: "CdnTask") -> None:
         """The origin has answered: the piece size is fixed, the length perhaps known."""
@@ -4718,6 +4739,10 @@ class CdnTask:
         self.promised_size = 0  # the same, once it has been told to somebody
         self.version = ""  # names this very copy to peers that resume, also where the origin names none
         self.origin_bytes = 0  # read from the origin, by all fetches
+        self.sibling_bytes = 0  # and from siblings and their clients
+        self.names = ("", "", "")  # taskUrl, MD5 and identifier: under which a sibling finds it
+        self.piece_path = ""  # where its pieces are found on our piece port
+        self.relays = None  # type: Optional[bool]  # whether it comes, or shall come, from a sibling; None: not decided
         self.caching = None  # type: Optional[Caching]  # as the origin's last answer has it
         self._fresh_until = 0.0  # time.time() until which it need not be asked again
         self._lock = threading.Lock()
@@ -4731,16 +4756,18 @@ class CdnTask:
         """Where its bytes lie.  Wire: 5.2"""
         return os.path.join(self._cdn.folder, self.task_id[:3], self.task_id)
 
-    def ensure(self, origin: Origin) -> None:
-        """Begin to fetch, unless that is under way, done, or has failed a moment ago."""
+    def ensure(self, origin: Origin, alone: bool = False) -> None:
+        """Begin to fetch, unless that is under way, done, or has failed a moment ago; `alone`: from the origin only, since it is a
+        sibling that asks, and two that wait for each other would wait for ever."""
         with self._lock:
             if self._stopping or self.state in (self.RUNNING, self.SUCCESS):
                 return
             if self.state == self.FAILED and time.monotonic() < self.fails_until():
                 return
             self.state, self.error = self.RUNNING, None
+            self.relays = None if self._cdn.siblings and not alone else False
             self.settled.clear()
-            self._speed = (time.monotonic(), self.origin_bytes)
+            self._speed = (time.monotonic(), self.origin_bytes + self.sibling_bytes)
             self._thread = threading.Thread(target=self._run, args=(origin,), name="dfly-cdn-" + self.task_id[:8], daemon=True)
             self._thread.start()
 
@@ -4788,15 +4815,24 @@ class CdnTask:
         METRICS.add("dfly_cache_checks_total", result="same" if same else "changed")
         if not same:
             return False
-        self._note_caching(self.store, origin, reply)
+        self._note_caching(self.store, origin, self._caching_of(reply))
         return True
 
+    def doubt(self, version: str) -> None:
+        """Somebody says which version the origin has now: if it is another one, the origin is asked before this is given on."""
+        if version and self.version and not same_version(version, self.version):
+            self._fresh_until = 0.0
+
+    def fresh_caching(self) -> Optional[Caching]:
+        """Return how long this may be served from now on without a question."""
+        return self.caching and self.caching._replace(lifetime=max(0.0, self._fresh_until - time.time()))
+
     def rate(self, now: float) -> float:
-        """Return bytes per second from the origin since this was last asked, at least a second ago."""
-        then, count = self._speed
+        """Return bytes per second from origin or sibling since this was last asked, at least a second ago."""
+        (then, count), came = self._speed, self.origin_bytes + self.sibling_bytes
         if now - then >= 1.0:
-            self._speed = (now, self.origin_bytes)
-        return (self.origin_bytes - count) / max(now - then, 0.1) if then else 0.0
+            self._speed = (now, came)
+        return (came - count) / max(now - then, 0.1) if then else 0.0
 
     def stop(self, limit_s: float = 0.0) -> None:
         """End the fetch, and wait for that at most `limit_s` seconds; what is on disk stays.
@@ -4814,13 +4850,8 @@ class CdnTask:
     # -- on the task's thread ---------------------------------------------------
 
     def _run(self, origin: Origin) -> None:
-        place = urlsplit(origin.url).netloc.rpartition("@")[2].lower()
         try:
-            self._cdn.turns.take(place, lambda: self._stopping)
-            try:
-                self._fetch(origin)
-            finally:
-                self._cdn.turns.give(place)
+            self._obtain(origin)
             self._end(self.SUCCESS, None)
         except DflyError as error:
             self._end(self.FAILED, error)
@@ -4843,11 +4874,74 @@ class CdnTask:
         self._events.on_end(self)
         self.settled.set()
 
-    def _fetch(self, origin: Origin) -> None:
+    def _obtain(self, origin: Origin) -> None:
+        """Have the file here: from a sibling where one is to be asked first, else, and what it owes us, from the origin."""
+        if self.store:
+            self._decide(False)
+        kept = None if self.store else self._kept()
+        version = self._in_turn(origin, kept) if self.store or kept else ""
+        if version is not None and not self._relay(origin, version):
+            self._in_turn(origin, None)
+
+    def _relay(self, origin: Origin, version: str) -> bool:
+        """Fetch the file (this version, where one is named) from a sibling; return whether all of it has come."""
+        sibling = None
+        if self._cdn.siblings and self.relays is None:
+            origin.check_address()  # what this supernode does not fetch it does not have fetched either
+            node = self._cdn.siblings.first(self.names[0])
+            self._decide(node is not None)
+            sibling = node and self._cdn.siblings.enter(node, self, origin, version, lambda: self._stopping)
+        try:
+            if sibling:
+                self._take(origin, sibling)
+                return True
+        except (NoSpace, CannotWrite):
+            raise
+        except DflyError as error:
+            if self._stopping:
+                raise
+            self._cdn.log.warn("task %s: a sibling fails, the origin is asked: %s", self.task_id, error)
+        self._decide(False)
+        return False
+
+    def _decide(self, relays: bool) -> None:
+        self.relays = relays
+        self._events.on_way(self)
+
+    def _take(self, origin: Origin, sibling: Sibling) -> None:
+        """Fetch the file from a sibling.  Raises what `fill` does."""
+        METRICS.add("dfly_cache_total", result="miss")
+        store = self._create(sibling.version, sibling.length, self.promised_size or sibling.piece_size)
+        if sibling.caching:
+            self._note_caching(store, origin, sibling.caching)
+        self._adopt(store)
+
+        def on_piece(num: int, count: int) -> None:
+            self.sibling_bytes += count
+            METRICS.add("dfly_sibling_bytes_total", count)
+            self._events.on_piece(self, num)
+
+        sibling.fill(store, on_piece, lambda: self._events.on_length(self), lambda: self._stopping)
+
+    def _in_turn(self, origin: Origin, kept: Optional[TaskFile]) -> Optional[str]:
+        """As `_fetch`, when it is this task's turn at the origin."""
+        place = urlsplit(origin.url).netloc.rpartition("@")[2].lower()
+        try:
+            self._cdn.turns.take(place, lambda: self._stopping)
+        except DflyError:
+            if kept:
+                kept.close()
+            raise
+        try:
+            return self._fetch(origin, kept)
+        finally:
+            self._cdn.turns.give(place)
+
+    def _fetch(self, origin: Origin, kept: Optional[TaskFile]) -> Optional[str]:
+        """Fetch what is missing; or return as which version the origin has the file now, where a sibling is to be asked for that first."""
         if self.store:  # only a piece or the rest is missing
             self._fill(origin, None)
-            return
-        kept = self._kept()
+            return None
         had = "miss" if not kept else "part" if kept.claimed != kept.layout.count else "hit"
         try:
             reply = self._ask(origin, kept)
@@ -4855,15 +4949,20 @@ class CdnTask:
             if kept:
                 kept.close()  # it is locked as long as it is open
             raise
-        same = bool(kept and (reply is None or self._unchanged(kept, reply)))
-        METRICS.add("dfly_cache_total", result=had if same else "miss")
-        if kept and same:
+        if kept and (reply is None or self._unchanged(kept, reply)):
+            METRICS.add("dfly_cache_total", result=had)
+            self._decide(False)
             self._reuse(origin, kept, reply)
-            return
+            return None
+        assert reply
         if kept:
             kept.close()
-        assert reply
+            if self.relays is None:
+                reply.close()
+                return reply.version
+        METRICS.add("dfly_cache_total", result="miss")
         self._anew(origin, reply)
+        return None
 
     def _kept(self) -> Optional[TaskFile]:
         """Return what an earlier run has left, if it can still be of use."""
@@ -4892,6 +4991,10 @@ class CdnTask:
             if whole and origin.content:
                 origin.vouch()
                 return None
+            if kept and self.relays is None:
+                head = origin.vouch(if_none_match(kept.about["version"]))
+                if head.status == 304 or (head.version and not self._unchanged(kept, head)):
+                    return head  # what it has now is perhaps a sibling's to fetch
             patience = Patience(lambda: self._stopping, self._cdn.log.warn)
             return patience.first(origin, if_none_match(kept.about["version"]) if kept else ())
         except NeedAuth:
@@ -4906,7 +5009,9 @@ class CdnTask:
         """Go on with what an earlier run has fetched: announce what is still true, fetch the rest."""
         self._adopt(kept)
         if reply:
-            self._note_caching(kept, origin, reply)
+            self._note_caching(kept, origin, self._caching_of(reply))
+        else:
+            self._recall_caching(kept)
         if reply and (reply.status == 304 or reply.ranges and kept.claimed):  # else it would send again what is here
             reply.close()
             reply = None
@@ -4920,26 +5025,38 @@ class CdnTask:
 
     def _anew(self, origin: Origin, reply: OriginReply) -> None:
         """Fetch the file that `reply` begins."""
-        size = self.promised_size or choose_piece_size(reply.length)
-        make_folder(os.path.dirname(self.path))
-        about = {"task": self.task_id, "url": self.url, "version": reply.version}
         try:
-            if reply.length:
-                self._cdn.make_room(reply.length, self.task_id, lambda: self._events.on_full(self))
-            store = TaskFile.create(self.path, self.path + ".journal", about, reply.length, size)
+            store = self._create(reply.version, reply.length, self.promised_size or choose_piece_size(reply.length))
+            self._note_caching(store, origin, self._caching_of(reply))
         except DflyError:
             reply.close()
             raise
-        self._note_caching(store, origin, reply)
         self._adopt(store)
         self._fill(origin, reply)
 
-    def _note_caching(self, store: TaskFile, origin: Origin, reply: OriginReply) -> None:
+    def _create(self, version: str, length: Optional[int], size: int) -> TaskFile:
+        """Return an empty file for it, with room on the disk.  Raises NoSpace, CannotWrite."""
+        make_folder(os.path.dirname(self.path))
+        if length:
+            self._cdn.make_room(length, self.task_id, lambda: self._events.on_full(self))
+        about = {"task": self.task_id, "url": self.url, "version": version}
+        return TaskFile.create(self.path, self.path + ".journal", about, length, size)
+
+    def _caching_of(self, reply: OriginReply) -> Caching:
+        caching = Caching.of(reply.headers, time.time())
+        if reply.status == 304 and not caching.explicit and self.caching:
+            return self.caching  # what it has said before still holds
+        return caching
+
+    def _recall_caching(self, kept: TaskFile) -> None:
+        """What an earlier run has noted holds on; what it could not ask about now is asked about soon."""
+        now, fresh = time.time(), float(kept.about.get("fresh", "0"))
+        self.caching = Caching(max(0.0, fresh - now), fresh > 0, kept.about.get("keep") != "no", kept.about.get("must") == "yes")
+        self._fresh_until = max(fresh, now + self._cdn.retry_s)
+
+    def _note_caching(self, store: TaskFile, origin: Origin, caching: Caching) -> None:
         """Note how long this may be served without a question; on disk only what it takes no credentials to read, and no guess."""
         now = time.time()
-        caching = Caching.of(reply.headers, now)
-        if reply.status == 304 and not caching.explicit and self.caching:
-            caching = self.caching  # what it has said before still holds
         self.caching = caching
         self._fresh_until = now + max(1.0, caching.lifetime)  # those who ask at once are one question
         lasting = caching.explicit and not origin.credentials()
@@ -4979,11 +5096,12 @@ class Cdn:
     LOOK_S = 15.0  # between two looks at the disk.  Wire: 10.4
     LEAVE_S = 600.0  # an origin that wants to be left alone is, for this long at most
 
-    def __init__(self, home: str, log: Log, bucket: TokenBucket, retry_s: float, rules: DiskRules, turns: Turns) -> None:
+    def __init__(self, home: str, log: Log, bucket: TokenBucket, retry_s: float, rules: DiskRules, turns: Turns, siblings: Any = None) -> None:
         self.folder = make_folder(os.path.join(home, "repo", "download"))
         self.log, self.bucket = log, bucket
         self.retry_s = retry_s  # how long a failure stands before the origin is asked again
         self.rules, self.turns = rules, turns
+        self.siblings = siblings  # who may be asked before an origin is: first(task_url), enter(node, task, origin, version, stopped); None: nobody
         self._making_room = threading.Lock()  # one at a time looks what is free
         self._reserved = {}  # type: Dict[str, int]  # bytes for which room was made, by task, until its fetch ends
         self._lock = threading.Lock()
@@ -5295,6 +5413,10 @@ class Swarm(CdnEvents):
 
     # -- what the CDN tells ----------------------------------------------------
 
+    def on_way(self, task: CdnTask) -> None:
+        """Siblings may wait to hear whether this one waits for others."""
+        self.notify(("task", task.task_id))
+
     def on_known(self, task: CdnTask) -> None:
         """The size of the pieces is known, perhaps their number."""
         with self.lock:
@@ -5421,14 +5543,16 @@ class Swarm(CdnEvents):
             task.cid = "cdnnode:%s~%s" % (self._ip, task_id)  # Wire: 2.3
             task.origin = origin
             task.secret = "/" + os.urandom(16).hex() if origin.credentials() else ""
+            task.cdn.piece_path = task.piece_path()
             task.proven[origin.credentials()] = float("inf")  # whoever's request fetches it is judged by that fetch
             self.tasks[task_id] = task
             self.scheduler.add_task(task_id, None)
         task.used_at = now
         return task
 
-    def begin(self, task_url: str, md5: str, identifier: str, origin: Origin) -> SwarmTask:
-        """Return the task that a client means, its fetch begun, its right to it not yet looked into.  Raises BadRequest."""
+    def begin(self, task_url: str, md5: str, identifier: str, origin: Origin, alone: bool = False) -> SwarmTask:
+        """Return the task that a client means, its fetch begun (`alone`: without siblings), its right to it not yet looked into.
+        Raises BadRequest."""
         content = content_of(task_url)
         if content and not same_file(origin.url, content):
             raise BadRequest("rawUrl: %.200s: is no blob of the digest that taskUrl names" % origin.url)
@@ -5436,7 +5560,8 @@ class Swarm(CdnEvents):
         with self.lock:
             task = self.join_locked(task_id, content or origin.url, md5, origin, own=same_file(origin.url, task_url))
         if task.cdn.state in (CdnTask.WAITING, CdnTask.FAILED):
-            task.cdn.ensure(origin)
+            task.cdn.names = (task_url, md5, identifier)
+            task.cdn.ensure(origin, alone)
         return task
 
     def forget_locked(self, task: SwarmTask) -> None:
@@ -5966,6 +6091,7 @@ class Supernode:
         Route("DELETE", "/api/v1/preheats/", "preheat_delete"),
         Route("GET", "/_ping", "ping"),
         Route("GET", "/version", "version"),
+        Route("GET", "/sibling", "sibling"),                          # ours
         Route("GET", "/metrics", "metrics"),
     )
     PIECE_ROUTES = (
@@ -5974,7 +6100,7 @@ class Supernode:
     )
 
     def __init__(self, swarm: Swarm, preheats: Preheats, advertise_ip: str, log: Log, fence: Fence, trusted: HostList, down_limit: int = 4,
-                 clock: Callable[[], float] = time.monotonic, squeezer: Optional[Squeezer] = None) -> None:
+                 clock: Callable[[], float] = time.monotonic, squeezer: Optional[Squeezer] = None, about: Optional[Dict[str, Any]] = None) -> None:
         self._swarm, self._preheats = swarm, preheats
         self._ip, self._log = advertise_ip, log
         self._clock = clock
@@ -5982,6 +6108,7 @@ class Supernode:
         self._trusted = trusted  # whose word about a client's address is good
         self._down_limit = down_limit  # pieces an old client may have under way.  Wire: 14 (9)
         self._squeezer = squeezer  # None: all pieces go as they are
+        self._about = about or {}  # as which its siblings know it
         self._api = None  # type: Optional[Server]
         self._pieces = None  # type: Optional[Server]
 
@@ -6011,6 +6138,8 @@ class Supernode:
             except (BadRequest, SourceError) as refusal:
                 return Response.of_json({"code": refusal.code, "msg": str(refusal), "message": str(refusal)}, 400)
         task, peer = request.state["task"], request.state["peer"]
+        if request.state["sibling"] and task.cdn.state == CdnTask.RUNNING and task.cdn.relays is not False:
+            return self._sibling_waits(task, request)
         error = task.refusal(request.state["credentials"], self._clock())
         if error is None and task.cdn.state == CdnTask.FAILED:
             error = task.cdn.error
@@ -6023,6 +6152,13 @@ class Supernode:
         if checking and task.proven.get(request.state["credentials"], 0) <= self._clock():
             return Response.of_json({"code": SYSTEM_ERROR, "msg": "the origin does not say whether this client may read %s" % task.url})
         return self._registered(task, peer, request)
+
+    def _sibling_waits(self, task: SwarmTask, request: Request) -> Any:
+        """What comes from a sibling, or may yet, is given to no other sibling: they could wait for each other."""
+        left = request.state["until"] - self._clock()
+        if task.cdn.relays is None and left > 0 and not request.expired:
+            return Park(("task", task.task_id), left)
+        return Response.of_json({"code": SUPER_FAIL, "msg": "%s: this supernode asks a sibling itself" % task.url})
 
     @staticmethod
     def _worth_waiting(task: SwarmTask, peer: Peer) -> bool:
@@ -6051,9 +6187,12 @@ class Supernode:
         md5 = fields.text("md5").lower()
         task_url = fields.text("taskUrl") or url
         origin = Origin(url, headers, fields.flag("insecure"), cas, self._fence, content=content_of(task_url))
-        task = self._swarm.begin(task_url, md5, fields.text("identifier"), origin)
+        sibling = SIBLING_HEADER in request.headers
+        task = self._swarm.begin(task_url, md5, fields.text("identifier"), origin, alone=sibling)
+        if sibling:
+            task.cdn.doubt(request.headers[SIBLING_HEADER])
         credentials = origin.credentials()
-        request.state.update(task=task, peer=peer, origin=origin, credentials=credentials, until=self._clock() + REGISTER_WAIT_S)
+        request.state.update(task=task, peer=peer, origin=origin, credentials=credentials, sibling=sibling, until=self._clock() + REGISTER_WAIT_S)
         self._swarm.prove(task, origin, credentials)
 
     def _peer_of(self, request: Request, fields: Fields) -> Peer:
@@ -6099,16 +6238,18 @@ class Supernode:
         data = {"taskId": task.task_id, "fileLength": -1 if length is None else length, "pieceSize": size,
                 "cdnSource": "supernode", "asSeed": False, "seedTaskID": ""}  # type: Dict[str, Any]
         if peer.native:
-            data["dfly"] = dict(self._register_extra(task), line=peer.line)
+            data["dfly"] = dict(self._register_extra(task, request.state["sibling"]), line=peer.line)
             peer.named, peer.measured = bool(task.cdn.version), length is not None
         elif store:
             self._old_client(task)
         self._log.info("register %s %s as %s (%s)", task.task_id, task.url, peer.cid, "native" if peer.native else "old")
         return Response.of_json({"code": SUCCESS, "data": data, "msg": "success"})
 
-    def _register_extra(self, task: SwarmTask) -> Dict[str, Any]:
+    def _register_extra(self, task: SwarmTask, sibling: bool) -> Dict[str, Any]:
         extra = {"version": task.cdn.version, "pieces": self._pieces.address[1] if self._pieces else 0}  # type: Dict[str, Any]
-        store = task.cdn.store
+        store, caching = task.cdn.store, task.cdn.fresh_caching()
+        if sibling and caching:
+            extra["caching"] = list(caching)
         if store and store.complete and (store.layout.length or 0) <= SMALL and store.layout.count == 1:
             import base64
             extra["content"] = base64.b64encode(b"".join(map(bytes, store.read_plain(0)))).decode()
@@ -6487,6 +6628,10 @@ class Supernode:
     def ping(self, _request: Request) -> Response:
         """GET /_ping.  Wire: 4.6"""
         return Response(200, b"OK", "text/plain")
+
+    def sibling(self, _request: Request) -> Response:
+        """GET /sibling: who this is, for supernodes that have it among their peers."""
+        return Response.of_json(self._about)
 
     def version(self, _request: Request) -> Response:
         """GET /version.  Wire: 4.6"""
@@ -7414,6 +7559,55 @@ class Registration(NamedTuple):
     content: Optional[bytes]
     plain: bool  # cdnSource "source": pieces are ranges of the origin's file
     line: str = ""  # what stands for task and client in each sync
+    caching: Any = None  # what a supernode tells another one about that
+
+    @classmethod
+    def ask(cls, node: Node, headers: List[Tuple[str, str]], body: Dict[str, Any]) -> "Registration":
+        """Register.  Raises NetworkError, Migrate, NeedAuth, SourceError.  Wire: 1"""
+        pool = Pool(5.0, 2.0)
+        for _ in range(4):
+            try:
+                status, text = pool.ask(node.host, node.port, "POST", "/peer/registry", headers, json.dumps(body).encode())
+            finally:
+                pool.close()
+            try:
+                answer = json.loads(text.decode())
+                code = answer["code"]
+            except (ValueError, KeyError, TypeError):
+                raise Migrate("supernode %s answers %d: %.200s" % (node, status, text.decode("utf-8", "replace")))
+            if code != WAIT_AUTH:
+                break
+            time.sleep(1.0)
+        message = "supernode %s: code %s: %.300s" % (node, code, answer.get("msg") or answer.get("message") or "")
+        if code == NEED_AUTH:
+            raise NeedAuth(message)
+        if code == URL_UNREACHABLE:
+            raise with_pause(SourceError(message), answer)
+        if code != SUCCESS or not isinstance(answer.get("data"), dict):
+            raise with_pause(Migrate(message), answer)
+        return cls._read(node, answer["data"])
+
+    @classmethod
+    def _read(cls, node: Node, data: Dict[str, Any]) -> "Registration":
+        try:
+            length, size, task_id = int(data["fileLength"]), int(data["pieceSize"]), str(data["taskId"])
+        except (KeyError, TypeError, ValueError):
+            raise Migrate("supernode %s: a register answer that can't be read: %.300s" % (node, data))
+        if not WRAP < size <= 1 << 27 or not -1 <= length <= MAX_COUNT * (size - WRAP) or not re.match(r"^[\w.:~-]{1,256}$", task_id):
+            raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
+        extra = data.get("dfly") or {}
+        content = None
+        if not isinstance(extra, dict):
+            raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
+        if "content" in extra:
+            import base64
+            try:
+                content = base64.b64decode(extra["content"])
+            except (TypeError, ValueError):
+                raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
+        plain = data.get("cdnSource") == "source"
+        version = str(extra.get("version", "")) if extra or plain else UNNAMED
+        return cls(node, task_id, None if length < 0 else length, size, bool(extra), version, content, plain, str(extra.get("line", "")), extra.get("caching"))
 
 
 class SyncLine:
@@ -8000,29 +8194,13 @@ class Download:
         headers = [("Content-Type", "application/json"), ("User-Agent", "dfly/" + VERSION), (DFLY_HEADER, "1 " + options.location)]
         if options.pattern == "cdn":
             headers.append(("X-Dfly-Pattern", "cdn"))
-        pool = Pool(5.0, 2.0)
-        for _ in range(4):
-            try:
-                status, text = pool.ask(node.host, node.port, "POST", "/peer/registry", headers, json.dumps(body).encode())
-            finally:
-                pool.close()
-            try:
-                answer = json.loads(text.decode())
-                code = answer["code"]
-            except (ValueError, KeyError, TypeError):
-                raise Migrate("supernode %s answers %d: %.200s" % (node, status, text.decode("utf-8", "replace")))
-            if code != WAIT_AUTH:
-                break
-            time.sleep(1.0)
-        message = "supernode %s: code %s: %.300s" % (node, code, answer.get("msg") or answer.get("message") or "")
-        if code == NEED_AUTH:
-            raise NeedAuth(message)
-        if code == URL_UNREACHABLE:
+        try:
+            return Registration.ask(node, headers, body)
+        except NeedAuth:
+            raise
+        except SourceError:
             self.reason = REASON_REGISTER
-            raise with_pause(SourceError(message), answer)
-        if code != SUCCESS or not isinstance(answer.get("data"), dict):
-            raise with_pause(Migrate(message), answer)
-        return self._registration(node, answer["data"])
+            raise
 
     def _root_cas(self) -> List[str]:
         import base64
@@ -8034,27 +8212,6 @@ class Download:
             except OSError as error:
                 raise BadUsage("--cacerts %s: %s" % (path, error.strerror))
         return texts
-
-    def _registration(self, node: Node, data: Dict[str, Any]) -> Registration:
-        try:
-            length, size, task_id = int(data["fileLength"]), int(data["pieceSize"]), str(data["taskId"])
-        except (KeyError, TypeError, ValueError):
-            raise Migrate("supernode %s: a register answer that can't be read: %.300s" % (node, data))
-        if not WRAP < size <= 1 << 27 or not -1 <= length <= MAX_COUNT * (size - WRAP) or not re.match(r"^[\w.:~-]{1,256}$", task_id):
-            raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
-        extra = data.get("dfly") or {}
-        content = None
-        if not isinstance(extra, dict):
-            raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
-        if "content" in extra:
-            import base64
-            try:
-                content = base64.b64decode(extra["content"])
-            except (TypeError, ValueError):
-                raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
-        plain = data.get("cdnSource") == "source"
-        version = str(extra.get("version", "")) if extra or plain else UNNAMED
-        return Registration(node, task_id, None if length < 0 else length, size, bool(extra), version, content, plain, str(extra.get("line", "")))
 
     def _swarm(self, registration: Registration) -> None:
         """Fetch what is missing through one supernode; publish when all is right."""
@@ -8322,6 +8479,206 @@ class Download:
 
     def _length(self) -> int:
         return self.store.layout.length or 0 if self.store else 0
+
+
+class Siblings:
+    """The other supernodes of a region, so that one fetch from far away serves all of it.
+
+    Each says who it is (GET /sibling).  By that all of them find the same one responsible for a task, as clients do, and the others
+    register with that one: they take part in its swarm, receive pieces and offer them.  Asked by a sibling, a supernode asks
+    none itself.  _changed guards _seen.
+    """
+
+    LOOK_S = 5.0  # between two looks at one that is there,
+    AGAIN_S = 1.0  # and at one that is not
+    WAIT_S = 1.0  # for its answer
+
+    def __init__(self, nodes: List[Node], about: Dict[str, Any], port: int, label: str, bucket: TokenBucket, log: Log, compress: bool) -> None:
+        self._nodes, self._log = nodes, log
+        self.about = about  # who this one is, as the others are told: node (host:port), weight, instance
+        self._port = port  # of our pieces
+        self._label = label  # site/rack
+        self._bucket, self._compress = bucket, compress
+        self._changed = threading.Condition()
+        self._seen = {}  # type: Dict[Node, Optional[Node]]  # those that were looked at, and as which each knows itself; None: not there
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=self._watch, args=(node,), name="dfly-sibling-%d" % i, daemon=True)
+                         for i, node in enumerate(dict.fromkeys(nodes))]
+
+    def start(self) -> None:
+        """Begin to look who is there."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End that."""
+        self._ended.set()
+
+    def _watch(self, node: Node) -> None:
+        """The life of a thread that looks after one sibling."""
+        while not self._ended.is_set():
+            found = self._look(node)
+            self._note(node, found)
+            self._ended.wait(self.LOOK_S if found else self.AGAIN_S)
+
+    def _look(self, node: Node) -> Optional[Node]:
+        """Return as which a sibling knows itself; None when it is not there, or ourselves."""
+        pool = Pool(self.WAIT_S, self.WAIT_S)
+        try:
+            status, text = pool.ask(node.host, node.port, "GET", "/sibling")
+            about = json.loads(text.decode())
+            own = about["instance"] == self.about["instance"]
+            found = Node(*split_host(about["node"], SUPERNODE_PORT), weight=min(max(1, int(about["weight"])), 9999))
+        except (NetworkError, BadUsage, ValueError, KeyError, TypeError):
+            return None
+        finally:
+            pool.close()
+        if str(found) == self.about["node"] and not own:
+            self._log.warn("sibling %s says that it is %s, as this one does: not asked (advertise-ip)", node, found)
+        return None if own or str(found) == self.about["node"] else found
+
+    def _note(self, node: Node, found: Optional[Node]) -> None:
+        with self._changed:
+            if node not in self._seen or self._seen[node] != found:
+                self._log.info("sibling %s is %s", node, found or "not there, or this one")
+            self._seen[node] = found
+            self._changed.notify_all()
+
+    def first(self, task_url: str) -> Optional[Node]:
+        """Return where the sibling is that is responsible for a task; None where this supernode is."""
+        own = Node(*split_host(self.about["node"], SUPERNODE_PORT), weight=self.about["weight"])
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._seen) == len(self._threads), 2 * self.WAIT_S + 1.0)  # at the very beginning
+            places = {found: node for node, found in self._seen.items() if found}
+        return places.get(order_nodes([own] + list(places), task_url)[0])
+
+    def enter(self, node: Node, task: CdnTask, origin: Origin, version: str, stopped: Callable[[], bool]) -> Optional["SiblingSource"]:
+        """Register for a task with a sibling; None where the origin is to be asked instead."""
+        deadline = time.monotonic() + Origin.TIMEOUT_S
+        try:
+            ip, reach = addresses_to(node.host, node.port, 2.0)
+            cid = "%s-supernode-%s-%.3f" % (ip, self.about["instance"][:8], time.time())  # Wire: 2.3 (25 characters at least)
+            headers, body = self._register(task, origin, version, ip, reach, cid)
+            while True:
+                registration = Registration.ask(node, headers, body)
+                if registration.version or stopped() or time.monotonic() > deadline:
+                    break  # else its origin has not answered yet
+        except NetworkError as error:
+            self._note(node, None)
+            self._log.warn("sibling %s: %s", node, error)
+            return None
+        except DflyError as error:
+            self._log.warn("sibling %s: %s", node, error)
+            return None
+        if not registration.native or not registration.version or task.promised_size not in (0, registration.piece_size) \
+                or (version and not same_version(version, registration.version)):
+            self._log.warn("sibling %s has another version of task %s, in other pieces, or none", node, task.task_id)
+            return None
+        return SiblingSource(registration, cid, self._bucket, self._log, self._compress)
+
+    def _register(self, task: CdnTask, origin: Origin, version: str, ip: str, reach: str, cid: str) -> Tuple[List[Tuple[str, str]], Dict[str, Any]]:
+        """Return headers and body of a register that shows the origin's credentials as its client would.  Wire: 1.2"""
+        import base64
+        task_url, md5, identifier = task.names
+        headers = [("Content-Type", "application/json"), ("User-Agent", "dfly/" + VERSION), (DFLY_HEADER, "1 " + self._label),
+                   (SIBLING_HEADER, re.sub("[^ -~\xa0-\xff]", "", version))]
+        body = {"superNodeIp": reach, "rawUrl": origin.url, "taskUrl": task_url, "cid": cid, "ip": ip, "hostName": socket.gethostname(), "port": self._port,
+                "path": task.piece_path, "version": VERSION, "callSystem": "supernode", "md5": md5, "identifier": identifier,
+                "headers": ["%s: %s" % pair for pair in origin.headers.items()], "insecure": origin.insecure,
+                "rootCAs": [base64.b64encode(text.encode()).decode() for text in origin.cacerts]}  # type: Dict[str, Any]
+        return headers, {name: value for name, value in body.items() if value}
+
+
+class SiblingSource(Sibling):
+    """A sibling that has taken us in."""
+
+    def __init__(self, registration: Registration, cid: str, bucket: TokenBucket, log: Log, compress: bool) -> None:
+        self._registration, self._cid = registration, cid
+        self._bucket, self._log, self._compress = bucket, log, compress
+        self.version, self.length, self.piece_size = registration.version, registration.length, registration.piece_size
+        self.caching = self._caching(registration.caching)
+
+    @staticmethod
+    def _caching(said: Any) -> Optional[Caching]:
+        try:
+            lifetime, explicit, keep, must = said
+            return Caching(min(max(0.0, float(lifetime)), 1e9), bool(explicit), bool(keep), bool(must))
+        except (TypeError, ValueError):
+            return None
+
+    def fill(self, store: TaskFile, on_piece: Callable[[int, int], None], on_length: Callable[[], None], stopped: Callable[[], bool]) -> None:
+        """Take part in its swarm until every piece is here.  Raises NetworkError, Migrate, Stalled, NoSpace, CannotWrite."""
+        content = b"" if self.length == 0 else self._registration.content
+        if content is not None:
+            self._small(store, content, on_piece)
+            return
+        fetchers = Fetchers(store, self._bucket, [], FETCHERS, self._log, self._compress)
+        line = SyncLine(self._registration, self._cid, fetchers, store)
+        measured, silence = store.layout.length, Silence(self._registration.node)
+        try:
+            while not store.complete:
+                if stopped():
+                    raise Stalled("stopped")
+                outcomes = fetchers.drain()
+                if store.layout.length != measured:
+                    measured = store.layout.length
+                    on_length()
+                self._tell(outcomes, on_piece)
+                silence.check(fetchers.received)
+                line.step(outcomes, 0.5)
+            if store.layout.length != measured:
+                on_length()
+            self._tell(list(fetchers.outcomes), on_piece)
+        finally:
+            line.close()
+            fetchers.stop()
+
+    @staticmethod
+    def _tell(outcomes: List[Outcome], on_piece: Callable[[int, int], None]) -> None:
+        """Announce the pieces that have come.  Raises NoSpace, CannotWrite where they can't be written."""
+        for outcome in outcomes:
+            if isinstance(outcome.error, (NoSpace, CannotWrite)):
+                raise outcome.error
+            if not outcome.error and outcome.length:
+                on_piece(outcome.order.num, outcome.length)
+
+    @staticmethod
+    def _small(store: TaskFile, content: bytes, on_piece: Callable[[int, int], None]) -> None:
+        """Take a file that came inside the register answer."""
+        if store.layout.count != 1 or len(content) != store.layout.length:
+            raise Migrate("the file in the register answer has %d bytes" % len(content))
+        digest = PieceDigest()
+        digest.update(content)
+        store.write(0, content)
+        store.seal_piece(0, digest.seal())
+        on_piece(0, len(content))
+
+
+class Silence:
+    """How long nothing has come through a supernode, and whether it is there at all meanwhile."""
+
+    SILENCE_S = 3.0  # without a byte, before it is asked that,
+    MOST_S = Origin.TIMEOUT_S  # and before it does not matter: its origin may be as silent
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._received, self._since, self._asked_at = -1, 0.0, 0.0
+
+    def check(self, received: int) -> None:
+        """Note how many bytes have come.  Raises NetworkError, Stalled when no more are to be expected."""
+        now = time.monotonic()
+        if received != self._received:
+            self._received, self._since = received, now
+        if now < max(self._since, self._asked_at) + self.SILENCE_S:
+            return
+        if now > self._since + self.MOST_S:
+            raise Stalled("supernode %s: not a byte within %g s" % (str(self._node), self.MOST_S))
+        pool = Pool(1.0, 1.0)
+        try:
+            pool.ask(self._node.host, self._node.port, "GET", "/_ping")
+        finally:
+            pool.close()
+        self._asked_at = time.monotonic()
 
 
 # ==============================================================================
@@ -10591,8 +10948,10 @@ def supernode_parser() -> Any:
     _flag(parser, "--full-gc-threshold", type=parse_size, default=None, metavar="SIZE",
           help="with less free space, all go that are not in use (5G, or a twentieth of a smaller disk)")
     _flag(parser, "--config-service", type=parse_service, default="", metavar="HOST[:PORT]", help="whom to tell that it is here (nobody)")
-    _flag(parser, "--location", type=_label, default="", metavar="SITE/RACK", help="where this host is, for the Config Service")
-    _flag(parser, "--weight", type=_weight, default=1, metavar="N", help="its share of the URLs, for the Config Service (1)")
+    _flag(parser, "--peers", type=parse_nodes, default="", metavar="HOST[:PORT],…",
+          help="other supernodes near this one (itself may be among them): one of them asks an origin, the others ask that one (none)")
+    _flag(parser, "--location", type=_label, default="", metavar="SITE/RACK", help="where this host is, for the Config Service and for siblings")
+    _flag(parser, "--weight", type=_weight, default=1, metavar="N", help="its share of the URLs, for the Config Service and among siblings (1)")
     for name in ("--peer-gc-delay", "--gc-initial-delay", "--gc-meta-interval", "--gc-disk-interval"):
         _flag(parser, name, default="", metavar="X", help="accepted for compatibility")
     _flag(parser, "--cdn-pattern", choices=("local", "cdn"), default="local", help="accepted for compatibility")
@@ -10665,9 +11024,12 @@ def run_supernode(arguments: List[str]) -> int:
     swarm = Swarm(ip, log, scheduler, cdn, options.task_expire_time, time.monotonic)
     fence = Fence(options.allow_origins, options.deny_origins)
     preheats = Preheats(swarm, fence, log, options.registry_auth)
-    supernode = Supernode(swarm, preheats, ip, log, fence, options.trusted_peers, options.down_limit,
-                          squeezer=Squeezer(64 << 20) if options.compress != "off" else None)
     api_sock, piece_sock = listen(options.bind, options.port), listen(options.bind, options.download_port)
+    sibling = {"node": join_host(ip, api_sock.getsockname()[1]), "weight": options.weight, "instance": os.urandom(16).hex()}
+    if options.peers:
+        cdn.siblings = Siblings(options.peers, sibling, piece_sock.getsockname()[1], options.location, cdn.bucket, log, options.compress != "off")
+    supernode = Supernode(swarm, preheats, ip, log, fence, options.trusted_peers, options.down_limit,
+                          squeezer=Squeezer(64 << 20) if options.compress != "off" else None, about=sibling)
     api = Server(api_sock, Supernode.ROUTES, supernode, log, "api")
     pieces = Server(piece_sock, Supernode.PIECE_ROUTES, supernode, log, "pieces", TokenBucket(rate))
     about = {"ip": ip, "port": api.address[1], "label": options.location, "weight": options.weight, "version": VERSION}
@@ -10677,12 +11039,16 @@ def run_supernode(arguments: List[str]) -> int:
     warm_up()
     if announcer:
         announcer.start()
+    if cdn.siblings:
+        cdn.siblings.start()
     log.info("supernode %s on %s, %s", VERSION, join_host(ip, api.address[1]), accelerator())
     print("supernode listening on %s pieces on %s" % (join_host(ip, api.address[1]), join_host(ip, pieces.address[1])), flush=True)
     while not ended.wait(0.5):  # a signal that comes just before the wait would else be seen after it
         pass
     if announcer:
         announcer.stop()
+    if cdn.siblings:
+        cdn.siblings.stop()
     supernode.stop()
     lock.release()
     log.info("supernode ends")
