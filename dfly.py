@@ -293,6 +293,24 @@ def free_bytes(folder: str) -> int:
     return stat.f_bavail * stat.f_frsize
 
 
+def reserve_bytes(fd: int, size: int) -> bool:
+    """Have the file system keep room for a file of so many bytes, as long as it seems now; return whether it can.  Raises OSError.
+
+    By the system's own call: posix_fallocate writes into every block where the file system has nothing of the kind.
+    """
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+    call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
+    if not call or not size:
+        return False
+    if call(fd, 1, ctypes.c_longlong(0), ctypes.c_longlong(size)) == 0:  # FALLOC_FL_KEEP_SIZE
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+        raise OSError(number, os.strerror(number))
+    return False
+
+
 def make_folder(path: str, mode: int = 0o755) -> str:
     """Make a folder and its parents where missing; return its path.  Raises CannotWrite."""
     try:
@@ -310,6 +328,20 @@ def remove(path: str) -> None:
         pass
     except OSError as error:
         raise os_error(error, path)
+
+
+def copy_to_disk(source: str, target: str) -> None:
+    """Copy a file and its times, and see it written; what of it stays in the page cache is the source's.  Raises OSError."""
+    with open(source, "rb") as old, open(target, "wb") as new:
+        at, stat = 0, os.fstat(old.fileno())
+        while at < stat.st_size:
+            count = os.sendfile(new.fileno(), old.fileno(), at, 1 << 24)
+            if not count:
+                raise OSError(errno.EIO, "the file became shorter")
+            at += count
+        os.fdatasync(new.fileno())
+        os.posix_fadvise(new.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.utime(new.fileno(), ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def open_owned(path: str, flags: int) -> int:
@@ -412,6 +444,8 @@ class Metrics:
         ("dfly_gc_files_total", "Files removed from the cache, by why."),
         ("dfly_gc_bytes_total", "Bytes removed from the cache, by why."),
         ("dfly_disk_free_bytes", "Free space where the cache is."),
+        ("dfly_memory_bytes", "Bytes of cached files that lie in memory."),
+        ("dfly_memory_moved_bytes_total", "Bytes of files that have moved from there to the disk."),
         ("dfly_preheats_total", "Preheats that have ended, by result."),
         ("dfly_daemon_blobs_total", "Blobs served from the swarm."),
         ("dfly_daemon_blob_bytes_total", "Bytes of these."),
@@ -2658,6 +2692,13 @@ class TaskFile:
             self.layout = Layout(length, self.layout.size)
             self._append_locked(self._line("length %d" % length))
 
+    def reserve(self) -> bool:
+        """Have the disk keep room for the whole file; return whether it can.  Raises NoSpace, CannotWrite."""
+        try:
+            return reserve_bytes(self._fd, self.layout.length or 0)
+        except OSError as error:
+            raise os_error(error, self.data)
+
     def need_space(self) -> None:
         """Check that the rest of the file fits on the disk.  Raises NoSpace."""
         if self.layout.length is None:
@@ -4731,6 +4772,7 @@ class CdnTask:
     def __init__(self, cdn: "Cdn", task_id: str, url: str, events: CdnEvents) -> None:
         self._cdn, self._events = cdn, events
         self.task_id, self.url = task_id, url
+        self.folder = cdn.folder  # where its file is, or will be
         self.state = self.WAITING
         self.error = None  # type: Optional[DflyError]
         self.store = None  # type: Optional[TaskFile]
@@ -4754,7 +4796,7 @@ class CdnTask:
     @property
     def path(self) -> str:
         """Where its bytes lie.  Wire: 5.2"""
-        return os.path.join(self._cdn.folder, self.task_id[:3], self.task_id)
+        return path_of_task(self.folder, self.task_id)
 
     def ensure(self, origin: Origin, alone: bool = False) -> None:
         """Begin to fetch, unless that is under way, done, or has failed a moment ago; `alone`: from the origin only, since it is a
@@ -4966,6 +5008,7 @@ class CdnTask:
 
     def _kept(self) -> Optional[TaskFile]:
         """Return what an earlier run has left, if it can still be of use."""
+        self.folder = self._cdn.folder_of(self.task_id)
         kept = TaskFile.resume(self.path, self.path + ".journal")
         if kept and (not any(version_parts(kept.about.get("version", "")))  # nothing could tell us whether it is still the origin's file
                      or kept.about.get("keep") == "no"
@@ -5035,12 +5078,30 @@ class CdnTask:
         self._fill(origin, reply)
 
     def _create(self, version: str, length: Optional[int], size: int) -> TaskFile:
-        """Return an empty file for it, with room on the disk.  Raises NoSpace, CannotWrite."""
-        make_folder(os.path.dirname(self.path))
+        """Return an empty file for it, with room for all of it.  Raises NoSpace, CannotWrite."""
+        if self._cdn.place_in_memory(length, self.task_id):
+            assert self._cdn.memory
+            self.folder = self._cdn.memory.folder
+            try:
+                return self._create_here(version, length, size)
+            except (NoSpace, CannotWrite) as error:
+                self._cdn.log.warn("task %s goes to the disk: %s", self.task_id, error)
+        self.folder = self._cdn.folder
         if length:
             self._cdn.make_room(length, self.task_id, lambda: self._events.on_full(self))
+        return self._create_here(version, length, size)
+
+    def _create_here(self, version: str, length: Optional[int], size: int) -> TaskFile:
+        make_folder(os.path.dirname(self.path))
         about = {"task": self.task_id, "url": self.url, "version": version}
-        return TaskFile.create(self.path, self.path + ".journal", about, length, size)
+        store = TaskFile.create(self.path, self.path + ".journal", about, length, size)
+        try:
+            if store.reserve():
+                self._cdn.ended(self.task_id)  # no promise any more
+        except DflyError:
+            store.delete()
+            raise
+        return store
 
     def _caching_of(self, reply: OriginReply) -> Caching:
         caching = Caching.of(reply.headers, time.time())
@@ -5090,14 +5151,77 @@ class CdnTask:
             count()
 
 
+def path_of_task(folder: str, task_id: str) -> str:
+    """Return where a task's bytes lie in a folder of the cache.  Wire: 5.2"""
+    return os.path.join(folder, task_id[:3], task_id)
+
+
+def cached_files(folder: str) -> List[Tuple[float, int, str]]:
+    """Return (last use, bytes on the disk, path) of every file in a folder of the cache, oldest use first."""
+    found = []
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(place, name)
+            if re.match(r"^[0-9a-f]{64}$", name):
+                try:
+                    stat = os.stat(path)
+                except OSError:
+                    continue
+                found.append((max(stat.st_atime, stat.st_mtime), stat.st_blocks * 512, path))
+    return sorted(found)
+
+
+class MemoryShelf:
+    """The part of a cache that lies in a memory file system: new files go there as long as they fit, the longest unused ones move to
+    the disk so that a quarter stays free.  _lock guards _promised."""
+
+    def __init__(self, folder: str, capacity: int) -> None:
+        self.folder = make_folder(folder)
+        self._capacity = capacity  # bytes, of all files there
+        self._lock = threading.Lock()
+        self._promised = {}  # type: Dict[str, int]  # bytes of files that are being written, by task
+
+    def files(self) -> List[Tuple[float, int, str]]:
+        """As cached_files."""
+        return cached_files(self.folder)
+
+    def take(self, need: int, task_id: str) -> bool:
+        """Promise room for a file of so many bytes, unless there is none."""
+        sizes = {os.path.basename(path): size for _, size, path in self.files()}
+        try:
+            free = free_bytes(self.folder)
+        except OSError:
+            return False
+        with self._lock:
+            others = {name: promised for name, promised in self._promised.items() if name != task_id}
+            coming = sum(max(0, promised - sizes.get(name, 0)) for name, promised in others.items())
+            own = sizes.get(task_id, 0)
+            room = min(self._capacity - sum(sizes.values()) + own, free + own) - coming
+            if need + (64 << 10) > room:  # there is a journal, too
+                return False
+            self._promised[task_id] = need
+            return True
+
+    def ended(self, task_id: str) -> None:
+        """What was promised is written, or will not be."""
+        with self._lock:
+            self._promised.pop(task_id, None)
+
+    def excess(self) -> int:
+        """Return how many bytes are to move to the disk."""
+        return sum(size for _, size, _ in self.files()) - self._capacity * 3 // 4
+
+
 class Cdn:
-    """The cache folder of a supernode: where tasks lie, which may go.  _lock guards _tasks and _reserved."""
+    """The cache of a supernode: where tasks lie, which may go.  _lock guards _tasks and _reserved."""
 
     LOOK_S = 15.0  # between two looks at the disk.  Wire: 10.4
     LEAVE_S = 600.0  # an origin that wants to be left alone is, for this long at most
 
-    def __init__(self, home: str, log: Log, bucket: TokenBucket, retry_s: float, rules: DiskRules, turns: Turns, siblings: Any = None) -> None:
+    def __init__(self, home: str, log: Log, bucket: TokenBucket, retry_s: float, rules: DiskRules, turns: Turns, siblings: Any = None,
+                 memory: Optional[MemoryShelf] = None) -> None:
         self.folder = make_folder(os.path.join(home, "repo", "download"))
+        self.memory = memory  # above that; None: there is none
         self.log, self.bucket = log, bucket
         self.retry_s = retry_s  # how long a failure stands before the origin is asked again
         self.rules, self.turns = rules, turns
@@ -5107,11 +5231,30 @@ class Cdn:
         self._lock = threading.Lock()
         self._tasks = {}  # type: Dict[str, CdnTask]
         self._ended = threading.Event()
+        self._crowded = threading.Event()  # something did not fit, or it is time for a look, or the end
         self._collector = threading.Thread(target=self._collect, name="dfly-gc", daemon=True)
 
     def start(self) -> None:
         """Begin to look after the disk."""
+        if self.memory:  # of which there may be less than before
+            self._crowded.set()
         self._collector.start()
+
+    def folder_of(self, task_id: str) -> str:
+        """Return the folder in which a task's file is, or would be looked for."""
+        if self.memory and os.path.exists(path_of_task(self.memory.folder, task_id) + ".journal"):
+            return self.memory.folder
+        return self.folder
+
+    def place_in_memory(self, length: Optional[int], task_id: str) -> bool:
+        """Return whether a new file shall lie in memory, where it has room then; what an older one left elsewhere goes."""
+        if not self.memory:
+            return False
+        fits = length is not None and self.memory.take(length, task_id)
+        self._remove(path_of_task(self.folder if fits else self.memory.folder, task_id))
+        if not fits:
+            self._crowded.set()
+        return fits
 
     def task(self, task_id: str, url: str, events: CdnEvents) -> CdnTask:
         """Return the task of that id, made if it is new."""
@@ -5133,11 +5276,16 @@ class Cdn:
     def delete(self, task_id: str) -> None:
         """Forget a task and remove its bytes."""
         self.release(task_id)
-        self._remove(os.path.join(self.folder, task_id[:3], task_id))
+        for folder in self._folders():
+            self._remove(path_of_task(folder, task_id))
+
+    def _folders(self) -> List[str]:
+        return [self.folder] + ([self.memory.folder] if self.memory else [])
 
     def stop(self) -> None:
         """End all fetches, within two seconds."""
         self._ended.set()
+        self._crowded.set()
         with self._lock:
             tasks, self._tasks = list(self._tasks.values()), {}
         for task in tasks:  # all are told before any is waited for
@@ -5178,36 +5326,70 @@ class Cdn:
         self.log.info("cache: %s (%s) goes: %s", path, show_size(size), why)
         return True
 
-    def _files(self) -> List[Tuple[float, int, str]]:
-        found = []
-        for folder, _, names in os.walk(self.folder):
-            for name in names:
-                path = os.path.join(folder, name)
-                if re.match(r"^[0-9a-f]{64}$", name):
-                    try:
-                        stat = os.stat(path)
-                    except OSError:
-                        continue
-                    found.append((max(stat.st_atime, stat.st_mtime), stat.st_blocks * 512, path))
-        return sorted(found)
-
-    def idle_files(self) -> List[Tuple[float, int, str]]:
-        """Return (last use, bytes, path) of every cached file that no task in memory uses, oldest use first."""
+    def idle_files(self, folder: str = "") -> List[Tuple[float, int, str]]:
+        """Return (last use, bytes, path) of every cached file on the disk (or there) that no task uses just now, oldest use first."""
         with self._lock:
             active = set(self._tasks)
-        return [file for file in self._files() if os.path.basename(file[2]) not in active]
+        return [file for file in cached_files(folder or self.folder) if os.path.basename(file[2]) not in active]
 
     def _collect(self) -> None:
         """The life of the thread that looks after the disk."""
-        while not self._ended.wait(self.LOOK_S):
+        self._tidy()
+        while not self._ended.is_set():
+            self._crowded.wait(self.LOOK_S)
+            self._crowded.clear()
             try:
+                self.cool()
                 self.collect()
             except (OSError, DflyError) as error:  # the disk's trouble is its own
                 self.log.warn("cache: %s", error)
+            self._ended.wait(1.0)  # not for every file that does not fit
+
+    def _tidy(self) -> None:
+        """Remove what a killed process was just moving."""
+        for place, _, names in os.walk(self.folder):
+            for name in names:
+                if name.endswith(".moving"):
+                    remove(os.path.join(place, name))
+
+    def cool(self) -> None:
+        """Move the longest unused files from memory to the disk until a quarter of the memory is free; those go whose time has come."""
+        excess = self.memory.excess() if self.memory else 0
+        for used_at, size, path in self.idle_files(self.memory.folder) if self.memory else []:
+            if self.rules.expire_s and time.time() - used_at > self.rules.expire_s:
+                excess -= size if self._sacrifice(path, size, "expired") else 0
+            elif excess > 0 and not self._ended.is_set():
+                excess -= size if self._move(path, size) else 0
+
+    def _move(self, path: str, size: int) -> bool:
+        """Move a file from memory to the disk, or drop it where that takes no more; return whether it is gone from there."""
+        task_id = os.path.basename(path)
+        target = path_of_task(self.folder, task_id)
+        try:
+            make_folder(os.path.dirname(target))
+            self.make_room(size, task_id)
+            for tail in ("", ".journal"):
+                copy_to_disk(path + tail, target + tail + ".moving")
+            with self._lock:
+                if task_id not in self._tasks:
+                    os.rename(target + ".moving", target)
+                    os.rename(target + ".journal.moving", target + ".journal")
+                    self._remove(path)
+                    METRICS.add("dfly_memory_moved_bytes_total", size)
+                    self.log.info("cache: %s (%s) moves from memory to the disk", task_id, show_size(size))
+                    return True
+            return False
+        except (OSError, DflyError) as error:
+            self.log.warn("cache: %s can't move to the disk: %s", task_id, error)
+            return self._sacrifice(path, size, "room")
+        finally:
+            self.ended(task_id)
+            for tail in ("", ".journal"):
+                remove(target + tail + ".moving")
 
     def collect(self) -> None:
         """Remove what is not in use and, by the rules for the disk, has to go; the longest unused first.  Wire: 10.4"""
-        used = sum(size for _, size, _ in self._files())
+        used = sum(size for _, size, _ in cached_files(self.folder))
         for used_at, size, path in self.idle_files():
             why = self.rules.why(time.time() - used_at, used, free_bytes(self.folder))
             if not why:
@@ -5225,6 +5407,8 @@ class Cdn:
         """A fetch has ended: what room was made for and is not on the disk is free again."""
         with self._lock:
             self._reserved.pop(task_id, None)
+        if self.memory:
+            self.memory.ended(task_id)
 
     def make_room(self, need: int, task_id: str, let_go: Callable[[], bool] = lambda: False) -> None:
         """Remove the longest unused files until `need` bytes and the reserve are free, and all fits into the capacity.
@@ -5241,12 +5425,12 @@ class Cdn:
 
     def _make_room(self, need: int, task_id: str, let_go: Callable[[], bool]) -> int:
         """Return the bytes free for the task, the reserve left out, once that is enough or nothing more can go."""
-        own = os.path.join(self.folder, task_id[:3], task_id)
+        own = path_of_task(self.folder, task_id)
         have = os.stat(own).st_blocks * 512 if os.path.exists(own) else 0
         while True:
             promised = self._promised(task_id)  # before what is on the disk is looked at: what comes meanwhile counts twice, not never
             idle = collections.deque(file for file in self.idle_files() if file[2] != own)
-            used = sum(size for _, size, _ in self._files()) + promised - have
+            used = sum(size for _, size, _ in cached_files(self.folder)) + promised - have
             while True:
                 promised = self._promised(task_id)
                 room = free_bytes(self.folder) - promised + have - self.rules.reserve
@@ -6687,7 +6871,8 @@ class Supernode:
         return Response.of_metrics(METRICS.text(
             ("dfly_tasks", tasks), ("dfly_peers", peers), ("dfly_fetches", running), ("dfly_fetches_waiting", waiting),
             ("dfly_sent_bytes_total", self._pieces.sent_bytes), ("dfly_saved_bytes_total", self._squeezer.saved_bytes if self._squeezer else 0),
-            ("dfly_isolations_total", self._swarm.scheduler.isolations), ("dfly_disk_free_bytes", free_bytes(cdn.folder)), calls=self._api.requests))
+            ("dfly_isolations_total", self._swarm.scheduler.isolations), ("dfly_disk_free_bytes", free_bytes(cdn.folder)),
+            ("dfly_memory_bytes", sum(size for _, size, _ in cdn.memory.files()) if cdn.memory else 0), calls=self._api.requests))
 
 
 # ==============================================================================
@@ -10940,6 +11125,8 @@ def supernode_parser() -> Any:
     _flag(parser, "--fetches", type=_positive, default=32, metavar="N", help="fetches from origins at once (32)")
     _flag(parser, "--origin-fetches", type=_positive, default=8, metavar="N", help="... from one of them (8)")
     _compress_flag(parser)
+    _flag(parser, "--memory-cache", type=parse_size, default=0, metavar="SIZE", help="of this much memory a part of the cache is made, above the disk (0)")
+    _flag(parser, "--memory-folder", default="", metavar="FOLDER", help="the folder of a memory file system for it (one on /dev/shm)")
     _flag(parser, "--disk-reserve", type=parse_size, default=0, metavar="SIZE", help="free space that the cache leaves (0)")
     _flag(parser, "--capacity", type=parse_size, default=0, metavar="SIZE", help="what all cached files may take (no limit)")
     _flag(parser, "--cache-expire-time", type=parse_duration, default=0.0, metavar="TIME", help="a cached file goes so long after its last use (never)")
@@ -11008,6 +11195,21 @@ def _disk_rules(options: Any) -> DiskRules:
                      min(100 << 30, whole // 4) if young is None else young, min(5 << 30, whole // 20) if full is None else full)
 
 
+def _memory_shelf(options: Any) -> Optional[MemoryShelf]:
+    """Return the part of the cache that lies in memory, None where there is to be none; then what an earlier run had there goes."""
+    name = "dfly-%d-%s" % (os.getuid(), hashlib.sha256(os.path.abspath(options.home).encode("utf-8", "surrogateescape")).hexdigest()[:16])
+    folder = options.memory_folder or os.path.join("/dev/shm", name)
+    if not options.memory_cache:
+        if not options.memory_folder and os.path.isdir(folder) and os.lstat(folder).st_uid == os.getuid():
+            import shutil
+            shutil.rmtree(folder, ignore_errors=True)
+        return None
+    make_folder(folder, 0o700)
+    if os.lstat(folder).st_uid != os.getuid() or os.path.islink(folder):
+        raise CannotWrite("%s belongs to somebody else" % folder)
+    return MemoryShelf(os.path.join(folder, "download"), options.memory_cache)
+
+
 def run_supernode(arguments: List[str]) -> int:
     """`supernode`: serve until a signal comes."""
     options = _parse(supernode_parser(), "supernode", arguments)
@@ -11018,7 +11220,8 @@ def run_supernode(arguments: List[str]) -> int:
     if not lock.acquire(2.0):
         raise CannotWrite("%s: another supernode uses this home" % options.home)
     rate = max(1, options.max_bandwidth - options.system_bandwidth) if options.max_bandwidth else 0
-    cdn = Cdn(options.home, log, TokenBucket(rate), options.fail_access_interval, _disk_rules(options), Turns(options.fetches, options.origin_fetches))
+    cdn = Cdn(options.home, log, TokenBucket(rate), options.fail_access_interval, _disk_rules(options), Turns(options.fetches, options.origin_fetches),
+              memory=_memory_shelf(options))
     scheduler = Scheduler(up_slots=options.up_limit, seed_slots=options.seed_limit)
     ip = options.advertise_ip or first_address()
     swarm = Swarm(ip, log, scheduler, cdn, options.task_expire_time, time.monotonic)
