@@ -444,6 +444,7 @@ class Metrics:
         ("dfly_gc_files_total", "Files removed from the cache, by why."),
         ("dfly_gc_bytes_total", "Bytes removed from the cache, by why."),
         ("dfly_disk_free_bytes", "Free space where the cache is."),
+        ("dfly_disk_errors_total", "Fetches that the disk has ended, by why."),
         ("dfly_memory_bytes", "Bytes of cached files that lie in memory."),
         ("dfly_memory_moved_bytes_total", "Bytes of files that have moved from there to the disk."),
         ("dfly_preheats_total", "Preheats that have ended, by result."),
@@ -2745,7 +2746,10 @@ class TaskFile:
             for num in nums:
                 self._seals.pop(num, None)
                 self.have &= ~(1 << num)
-        self._rewrite()
+        try:
+            self._rewrite()
+        except OSError as error:
+            raise os_error(error, self.journal)
 
     def _read(self, offset: int, length: int) -> Iterator[Any]:
         """Yield bytes of the file as `read_fd` does.  Raises CannotRead."""
@@ -4818,12 +4822,22 @@ class CdnTask:
         wish = getattr(self.error, "retry_s", None) or 0.0
         return self.ended_at + max(self._cdn.retry_s, min(wish, self._cdn.LEAVE_S))
 
-    def refetch(self, num: int, origin: Origin) -> bool:
-        """Look at piece `num` again; when it is no longer what it was, fetch it anew and return True."""
+    def refetch(self, num: int, origin: Origin, on_lost: Callable[[], None]) -> bool:
+        """Look at piece `num` again; when it is no longer what it was, or can't be read, say so, fetch it anew and return True."""
         store = self.store
-        if not store or not store.seal(num) or not store.read_back([num]):
+        if not store or not store.seal(num):
             return False
-        store.drop([num])
+        try:
+            if not store.read_back([num]):
+                return False
+        except CannotRead as error:
+            self._cdn.log.error("task %s: %s", self.task_id, error)
+        try:
+            store.drop([num])
+        except (NoSpace, CannotWrite) as error:
+            self._end(self.FAILED, error)
+            return True
+        on_lost()
         with self._lock:
             if self.state == self.SUCCESS:
                 self.state = self.WAITING
@@ -4896,6 +4910,8 @@ class CdnTask:
             self._obtain(origin)
             self._end(self.SUCCESS, None)
         except DflyError as error:
+            if isinstance(error, CannotRead):
+                self._cdn.forget_file(self.path)
             self._end(self.FAILED, error)
         except Exception as error:  # noqa: BLE001 a fault of ours: the peers must learn that nothing more will come
             import traceback
@@ -4912,6 +4928,8 @@ class CdnTask:
             self.state, self.error, self.ended_at = state, error, time.monotonic()
         self._cdn.ended(self.task_id)
         METRICS.add("dfly_tasks_ended_total", result=state.lower())
+        if isinstance(error, (NoSpace, CannotWrite)):
+            METRICS.add("dfly_disk_errors_total", why="full" if isinstance(error, NoSpace) else "unreadable" if isinstance(error, CannotRead) else "unwritable")
         self._cdn.log.info("task %s %s: %s", self.task_id, state, error or self.url)
         self._events.on_end(self)
         self.settled.set()
@@ -5271,7 +5289,7 @@ class Cdn:
             task.stop()
             self._used(task)
             if task.caching and not task.caching.keep:
-                self._remove(task.path)
+                self.forget_file(task.path)
 
     def delete(self, task_id: str) -> None:
         """Forget a task and remove its bytes."""
@@ -5310,6 +5328,13 @@ class Cdn:
             pass
         finally:
             os.close(fd)
+
+    def forget_file(self, path: str) -> None:
+        """Remove what lies there and is of no more use; a disk that does not let us is no trouble of whoever asks."""
+        try:
+            self._remove(path)
+        except DflyError as error:
+            self.log.warn("cache: %s", error)
 
     def _remove(self, path: str) -> None:
         remove(path + ".journal")
@@ -5403,6 +5428,13 @@ class Cdn:
             stores = [(need, self._tasks[other].store) for other, need in self._reserved.items() if other in self._tasks and other != task_id]
         return sum(max(0, need - (store.kept_bytes if store else 0)) for need, store in stores)
 
+    def free(self) -> int:
+        """Return the bytes free on the disk; none when it does not say."""
+        try:
+            return free_bytes(self.folder)
+        except OSError:
+            return 0
+
     def ended(self, task_id: str) -> None:
         """A fetch has ended: what room was made for and is not on the disk is free again."""
         with self._lock:
@@ -5414,10 +5446,14 @@ class Cdn:
         """Remove the longest unused files until `need` bytes and the reserve are free, and all fits into the capacity.
 
         What the task itself has on disk counts as free, what other fetches will still write does not.  When no file is left,
-        `let_go` may make one unused, and says whether it has.  Raises NoSpace when all that is not enough.
+        `let_go` may make one unused, and says whether it has.  Raises NoSpace when all that is not enough, CannotWrite.
         """
+        make_folder(self.folder)  # somebody may have put another disk in its place
         with self._making_room:
-            room = self._make_room(need + max(64 << 10, need >> 8), task_id, let_go)  # there are journals and logs, too
+            try:
+                room = self._make_room(need + max(64 << 10, need >> 8), task_id, let_go)  # there are journals and logs, too
+            except OSError as error:
+                raise os_error(error, self.folder)
             if room + self.rules.reserve < need:  # what is left free for others is taken before a fetch fails
                 raise NoSpace(self.folder, need, max(0, room))
             with self._lock:
@@ -5637,7 +5673,7 @@ class Swarm(CdnEvents):
         if mine and task.state == task.SUCCESS:
             try:
                 self._judge(mine)
-            except (WrongBytes, CannotRead, NoMd5) as error:
+            except (WrongBytes, CannotWrite, NoMd5) as error:
                 task.state, task.error = task.FAILED, error
         if mine:
             mine.begun.set()
@@ -5763,6 +5799,23 @@ class Swarm(CdnEvents):
         """Return whether a task is still the one of its name."""
         with self.lock:
             return self.tasks.get(task.task_id) is task
+
+    def look_again(self, task: SwarmTask, num: int, pause_s: float) -> None:
+        """Somebody could not get piece `num` from us: unless that was looked into less than `pause_s` ago, see whether the disk still has it,
+        and fetch it anew where not.  Wire: 16 (6)"""
+        with self.lock:
+            now = self._clock()
+            if not task.cdn.store or not task.origin or now < task.rechecked_at + pause_s:
+                return
+            task.rechecked_at = now
+
+        def on_lost() -> None:
+            self._log.error("piece %d of %s was damaged on our disk", num, task.task_id)
+            with self.lock:
+                if self.tasks.get(task.task_id) is task:
+                    self.scheduler.unseeded(task.task_id, num, self._clock())
+
+        task.cdn.refetch(num, task.origin, on_lost)
 
     def _collect(self) -> None:
         """Forget tasks that nobody has asked for in a while.  Wire: 10.4"""
@@ -6199,6 +6252,7 @@ class Preheats:
 
 PULL_WAIT_S = 0.4  # how long an old pull is held: dfget 0.2 gives up after 3 s and then sleeps up to 2
 REGISTER_WAIT_S = 2.5  # for the origin to say how long the file is; old clients give up after 5 s
+LOOK_AGAIN_S = 0.5  # between two looks at pieces of ours of a task that clients say they could not get
 SMALL = 256 << 10  # bytes: a file up to this size travels inside the register answer
 _HALF = re.compile("[\ud800-\udfff]")  # JSON can write half a character, which nothing can be encoded from
 
@@ -6557,17 +6611,9 @@ class Supernode:
         query = request.query
         with self._swarm.lock:
             task = self._swarm.tasks.get(query.get("taskId", ""))
-            now = self._clock()
-            look = task and task.cdn.store and query.get("dstCid", "").startswith("cdnnode:") and now > task.rechecked_at + 3.0
-            if task and look:
-                task.rechecked_at = now
-        if task and look and task.origin:
+        if task and query.get("dstCid", "").startswith("cdnnode:"):
             try:
-                num = task.num_of(query.get("range", ""))
-                if task.cdn.refetch(num, task.origin):
-                    self._log.error("piece %d of %s was damaged on our disk", num, task.task_id)
-                    with self._swarm.lock:
-                        self._swarm.scheduler.unseeded(task.task_id, num, self._clock())
+                self._swarm.look_again(task, task.num_of(query.get("range", "")), 3.0)
             except BadRequest:
                 pass
         return Response.of_json({"code": SUCCESS, "msg": "success"})
@@ -6672,6 +6718,8 @@ class Supernode:
                     raise ValueError(num)
                 scheduler.failed(task.task_id, peer.cid, int(num), task.holder(holder), str(why)[:20], now)
                 METRICS.add("dfly_piece_failures_total", why=str(why) if why in (REFUSED, STALLED, WRONG_BYTES, GONE) else OTHER)
+                if task.holder(holder) == SEED and why not in (STALLED, GONE) and now > task.rechecked_at + LOOK_AGAIN_S:
+                    threading.Thread(target=self._swarm.look_again, args=(task, int(num), LOOK_AGAIN_S), name="dfly-look", daemon=True).start()
         except (TypeError, ValueError, OverflowError) as error:
             raise BadRequest("done, failed or have: %.80s" % error)
         scheduler.request(task.task_id, peer.cid, slots, now, queue=ahead)
@@ -6871,7 +6919,7 @@ class Supernode:
         return Response.of_metrics(METRICS.text(
             ("dfly_tasks", tasks), ("dfly_peers", peers), ("dfly_fetches", running), ("dfly_fetches_waiting", waiting),
             ("dfly_sent_bytes_total", self._pieces.sent_bytes), ("dfly_saved_bytes_total", self._squeezer.saved_bytes if self._squeezer else 0),
-            ("dfly_isolations_total", self._swarm.scheduler.isolations), ("dfly_disk_free_bytes", free_bytes(cdn.folder)),
+            ("dfly_isolations_total", self._swarm.scheduler.isolations), ("dfly_disk_free_bytes", cdn.free()),
             ("dfly_memory_bytes", sum(size for _, size, _ in cdn.memory.files()) if cdn.memory else 0), calls=self._api.requests))
 
 
