@@ -2608,8 +2608,9 @@ class TaskFile:
             if self.layout.length is not None:
                 lines.append(self._line("length %d" % self.layout.length))
             lines += [self._piece_line(num, seal) for num, seal in sorted(self._seals.items())]
-            if self._journal_fd >= 0:
-                os.close(self._journal_fd)
+            old, self._journal_fd = self._journal_fd, -1  # whatever becomes of the new one
+            if old >= 0:
+                os.close(old)
             write_whole(self.journal, b"".join(lines))
             self._journal_fd = os.open(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
