@@ -32,7 +32,7 @@ The map:
     15. Supernode       the API, old and native
     16. Uploader        a host's piece server
     17. Fetching        pieces from peers, orders from a supernode
-    18. Downloader      get: from supernode and peers, or back to source
+    18. Downloader      get: from supernode and peers, or back to source; supernodes as each other's clients
     19. Daemon's door   where container engines knock
     20. Blobs           files on their way through the daemon
     21. Daemon          registry mirror and proxy: blobs by the swarm, the rest straight
@@ -278,6 +278,15 @@ def show_time(seconds: float) -> str:
     if seconds < 60:
         return "%.1f s" % seconds
     return "%dm%02ds" % divmod(int(seconds), 60) if seconds < 3600 else "%dh%02dm" % divmod(int(seconds) // 60, 60)
+
+
+_USER = re.compile(r"(?<=://)[^/?#\s]*@")
+_SIGNATURE = re.compile(r"([?&][^=&\s]*(?:sig|token|passw|secret|credential|accesskey|apikey|auth)[^=&\s]*=)[^&#\s\"']+", re.I)
+
+
+def without_secrets(text: str) -> str:
+    """Return a text in whose URLs users, passwords and signatures are stars: what is kept on disk has none."""
+    return _SIGNATURE.sub(r"\1***", _USER.sub("***@", text)) if "://" in text else text
 
 
 def os_error(error: OSError, path: str) -> DflyError:
@@ -539,7 +548,7 @@ class Log:
 
     def _write(self, level: str, message: str, args: Tuple[Any, ...]) -> None:
         now = time.time()
-        text = (message % args if args else message).replace("\n", "\\n").replace("\r", "\\r")
+        text = without_secrets(message % args if args else message).replace("\n", "\\n").replace("\r", "\\r")
         line = "%s.%03d %s sign:%s : %s\n" % (
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)), now % 1 * 1000, level, self.sign, text)
         data = line.encode("utf-8", "replace")
@@ -4770,7 +4779,7 @@ class CdnEvents:
 
 
 class CdnTask:
-    """The supernode's own copy of one task.  _lock guards state, error, store and _thread."""
+    """The supernode's own copy of one task.  _lock guards state, error, store, promised_size and _thread."""
 
     WAITING, RUNNING, SUCCESS, FAILED = "WAITING", "RUNNING", "SUCCESS", "FAILED"
 
@@ -4783,7 +4792,7 @@ class CdnTask:
         self.store = None  # type: Optional[TaskFile]
         self.ended_at = 0.0  # monotonic
         self.likely_size = MIB  # of pieces, as far as can be said before the origin has answered
-        self.promised_size = 0  # the same, once it has been told to somebody
+        self.promised_size = 0  # the same, once it is certain
         self.version = ""  # names this very copy to peers that resume, also where the origin names none
         self.origin_bytes = 0  # read from the origin, by all fetches
         self.sibling_bytes = 0  # and from siblings and their clients
@@ -4802,6 +4811,12 @@ class CdnTask:
     def path(self) -> str:
         """Where its bytes lie.  Wire: 5.2"""
         return path_of_task(self.folder, self.task_id)
+
+    def promise(self, size: int = 0) -> int:
+        """Return how large its pieces are, in bytes: from now on `size`, or what is likely, unless that has been said before."""
+        with self._lock:
+            self.promised_size = self.promised_size or size or self.likely_size
+            return self.promised_size
 
     def ensure(self, origin: Origin, alone: bool = False) -> None:
         """Begin to fetch, unless that is under way, done, or has failed a moment ago; `alone`: from the origin only, since it is a
@@ -4946,24 +4961,28 @@ class CdnTask:
 
     def _relay(self, origin: Origin, version: str) -> bool:
         """Fetch the file (this version, where one is named) from a sibling; return whether all of it has come."""
-        sibling = None
-        if self._cdn.siblings and self.relays is None:
+        siblings, node = self._cdn.siblings, None
+        if siblings and self.relays is None:
             origin.check_address()  # what this supernode does not fetch it does not have fetched either
-            node = self._cdn.siblings.first(self.names[0])
-            self._decide(node is not None)
-            sibling = node and self._cdn.siblings.enter(node, self, origin, version, lambda: self._stopping)
+            node = siblings.first(self.names[0])
+        if node is None:
+            self._decide(False)
+            return False
+        self._decide(True)
+        siblings.turns.take(str(node), lambda: self._stopping)
         try:
-            if sibling:
-                self._take(origin, sibling)
-                return True
+            self._take(origin, siblings.enter(node, self, origin, version, lambda: self._stopping))
+            return True
         except (NoSpace, CannotWrite):
             raise
         except DflyError as error:
             if self._stopping:
                 raise
             self._cdn.log.warn("task %s: a sibling fails, the origin is asked: %s", self.task_id, error)
-        self._decide(False)
-        return False
+            self._decide(False)
+            return False
+        finally:
+            siblings.turns.give(str(node))
 
     def _decide(self, relays: bool) -> None:
         self.relays = relays
@@ -4971,8 +4990,10 @@ class CdnTask:
 
     def _take(self, origin: Origin, sibling: Sibling) -> None:
         """Fetch the file from a sibling.  Raises what `fill` does."""
+        if self.promise(sibling.piece_size) != sibling.piece_size:
+            raise Stalled("it comes in other pieces there than clients have been told here")
         METRICS.add("dfly_cache_total", result="miss")
-        store = self._create(sibling.version, sibling.length, self.promised_size or sibling.piece_size)
+        store = self._create(sibling.version, sibling.length, sibling.piece_size)
         if sibling.caching:
             self._note_caching(store, origin, sibling.caching)
         self._adopt(store)
@@ -5031,7 +5052,7 @@ class CdnTask:
         kept = TaskFile.resume(self.path, self.path + ".journal")
         if kept and (not any(version_parts(kept.about.get("version", "")))  # nothing could tell us whether it is still the origin's file
                      or kept.about.get("keep") == "no"
-                     or not same_file(kept.about.get("url", ""), self.url)
+                     or not same_file(kept.about.get("url", ""), without_secrets(self.url))
                      or self.promised_size not in (0, kept.layout.size)):
             kept.close()
             return None
@@ -5088,7 +5109,7 @@ class CdnTask:
     def _anew(self, origin: Origin, reply: OriginReply) -> None:
         """Fetch the file that `reply` begins."""
         try:
-            store = self._create(reply.version, reply.length, self.promised_size or choose_piece_size(reply.length))
+            store = self._create(reply.version, reply.length, self.promise(choose_piece_size(reply.length)))
             self._note_caching(store, origin, self._caching_of(reply))
         except DflyError:
             reply.close()
@@ -5112,7 +5133,7 @@ class CdnTask:
 
     def _create_here(self, version: str, length: Optional[int], size: int) -> TaskFile:
         make_folder(os.path.dirname(self.path))
-        about = {"task": self.task_id, "url": self.url, "version": version}
+        about = {"task": self.task_id, "url": without_secrets(self.url), "version": version}
         store = TaskFile.create(self.path, self.path + ".journal", about, length, size)
         try:
             if store.reserve():
@@ -5244,7 +5265,7 @@ class Cdn:
         self.log, self.bucket = log, bucket
         self.retry_s = retry_s  # how long a failure stands before the origin is asked again
         self.rules, self.turns = rules, turns
-        self.siblings = siblings  # who may be asked before an origin is: first(task_url), enter(node, task, origin, version, stopped); None: nobody
+        self.siblings = siblings  # who may be asked before an origin is, in `turns`: first(task_url), enter(node, task, origin, version, stopped)
         self._making_room = threading.Lock()  # one at a time looks what is free
         self._reserved = {}  # type: Dict[str, int]  # bytes for which room was made, by task, until its fetch ends
         self._lock = threading.Lock()
@@ -6471,9 +6492,7 @@ class Supernode:
             self._swarm.admit_locked(task, peer, label, seed_only=request.headers.get("x-dfly-pattern", "") == "cdn")
         store = task.cdn.store
         length = store.layout.length if store else None
-        if not store and not task.cdn.promised_size:
-            task.cdn.promised_size = task.cdn.likely_size
-        size = store.layout.size if store else task.cdn.promised_size
+        size = store.layout.size if store else task.cdn.promise()
         data = {"taskId": task.task_id, "fileLength": -1 if length is None else length, "pieceSize": size,
                 "cdnSource": "supernode", "asSeed": False, "seedTaskID": ""}  # type: Dict[str, Any]
         if peer.native:
@@ -8164,7 +8183,7 @@ class PullLine:
 # ==============================================================================
 # 18. Downloader
 #    `get`: from a supernode and its peers, or back to source; resume, the last check,
-#    progress and the last lines.
+#    progress and the last lines.  And a supernode as the client of another one.
 # ==============================================================================
 
 def show_shares(sources: Dict[str, int]) -> str:
@@ -8538,7 +8557,7 @@ class Download:
 
     def _open_store(self, length: Optional[int], size: int, version: str) -> None:
         """Go on with what an earlier run or another supernode has left, or begin anew.  Raises NoSpace, CannotWrite."""
-        about = {"task": self.task_id, "url": self.task_url, "version": version}
+        about = {"task": self.task_id, "url": without_secrets(self.task_url), "version": version}
         if self.store and self._fits(self.store, length, size, version):
             return
         if self.store:
@@ -8727,8 +8746,9 @@ class Siblings:
     AGAIN_S = 1.0  # and at one that is not
     WAIT_S = 1.0  # for its answer
 
-    def __init__(self, nodes: List[Node], about: Dict[str, Any], port: int, label: str, bucket: TokenBucket, log: Log, compress: bool) -> None:
-        self._nodes, self._log = nodes, log
+    def __init__(self, nodes: List[Node], about: Dict[str, Any], port: int, label: str, bucket: TokenBucket, turns: Turns, log: Log,
+                 compress: bool) -> None:
+        self._log, self.turns = log, turns
         self.about = about  # who this one is, as the others are told: node (host:port), weight, instance
         self._port = port  # of our pieces
         self._label = label  # site/rack
@@ -8749,14 +8769,17 @@ class Siblings:
         self._ended.set()
 
     def _watch(self, node: Node) -> None:
-        """The life of a thread that looks after one sibling."""
+        """The life of a thread that looks after one sibling, unless that turns out to be this one."""
         while not self._ended.is_set():
             found = self._look(node)
-            self._note(node, found)
+            own = found is not None and str(found) == self.about["node"]
+            self._note(node, None if own else found)
+            if own:
+                return
             self._ended.wait(self.LOOK_S if found else self.AGAIN_S)
 
     def _look(self, node: Node) -> Optional[Node]:
-        """Return as which a sibling knows itself; None when it is not there, or ourselves."""
+        """Return as which a sibling knows itself; None when it is not there."""
         pool = Pool(self.WAIT_S, self.WAIT_S)
         try:
             status, text = pool.ask(node.host, node.port, "GET", "/sibling")
@@ -8769,7 +8792,7 @@ class Siblings:
             pool.close()
         if str(found) == self.about["node"] and not own:
             self._log.warn("sibling %s says that it is %s, as this one does: not asked (advertise-ip)", node, found)
-        return None if own or str(found) == self.about["node"] else found
+        return found
 
     def _note(self, node: Node, found: Optional[Node]) -> None:
         with self._changed:
@@ -8786,8 +8809,8 @@ class Siblings:
             places = {found: node for node, found in self._seen.items() if found}
         return places.get(order_nodes([own] + list(places), task_url)[0])
 
-    def enter(self, node: Node, task: CdnTask, origin: Origin, version: str, stopped: Callable[[], bool]) -> Optional["SiblingSource"]:
-        """Register for a task with a sibling; None where the origin is to be asked instead."""
+    def enter(self, node: Node, task: CdnTask, origin: Origin, version: str, stopped: Callable[[], bool]) -> "SiblingSource":
+        """Register for a task with a sibling.  Raises NetworkError, Migrate, SourceError where it has it not, or not this version."""
         deadline = time.monotonic() + Origin.TIMEOUT_S
         try:
             ip, reach = addresses_to(node.host, node.port, 2.0)
@@ -8797,17 +8820,11 @@ class Siblings:
                 registration = Registration.ask(node, headers, body)
                 if registration.version or stopped() or time.monotonic() > deadline:
                     break  # else its origin has not answered yet
-        except NetworkError as error:
+        except NetworkError:
             self._note(node, None)
-            self._log.warn("sibling %s: %s", node, error)
-            return None
-        except DflyError as error:
-            self._log.warn("sibling %s: %s", node, error)
-            return None
-        if not registration.native or not registration.version or task.promised_size not in (0, registration.piece_size) \
-                or (version and not same_version(version, registration.version)):
-            self._log.warn("sibling %s has another version of task %s, in other pieces, or none", node, task.task_id)
-            return None
+            raise
+        if not registration.native or not registration.version or (version and not same_version(version, registration.version)):
+            raise Migrate("sibling %s has another version, or none" % str(node))
         return SiblingSource(registration, cid, self._bucket, self._log, self._compress)
 
     def _register(self, task: CdnTask, origin: Origin, version: str, ip: str, reach: str, cid: str) -> Tuple[List[Tuple[str, str]], Dict[str, Any]]:
@@ -11279,7 +11296,8 @@ def run_supernode(arguments: List[str]) -> int:
     api_sock, piece_sock = listen(options.bind, options.port), listen(options.bind, options.download_port)
     sibling = {"node": join_host(ip, api_sock.getsockname()[1]), "weight": options.weight, "instance": os.urandom(16).hex()}
     if options.peers:
-        cdn.siblings = Siblings(options.peers, sibling, piece_sock.getsockname()[1], options.location, cdn.bucket, log, options.compress != "off")
+        cdn.siblings = Siblings(options.peers, sibling, piece_sock.getsockname()[1], options.location, cdn.bucket,
+                                 Turns(options.fetches, options.fetches), log, options.compress != "off")
     supernode = Supernode(swarm, preheats, ip, log, fence, options.trusted_peers, options.down_limit,
                           squeezer=Squeezer(64 << 20) if options.compress != "off" else None, about=sibling)
     api = Server(api_sock, Supernode.ROUTES, supernode, log, "api")
