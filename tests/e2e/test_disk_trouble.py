@@ -154,3 +154,37 @@ def test_a_disk_that_fails_in_the_middle_of_a_fetch_sends_hosts_to_the_origin(di
     origin.release("f")
     assert command.wait().data == blob(SIZE)
     assert node.running() and node.metrics()["dfly_disk_errors_total"] >= 1
+
+
+def test_a_disk_that_gets_full_loses_what_is_not_in_use_and_no_more_than_it_must(world, origin, supernode, host, blob):
+    folder = os.path.join(world.root, "small")
+    os.mkdir(folder)
+    if os.geteuid() or subprocess.call(["mount", "-t", "tmpfs", "-o", "size=%d" % (48 * MB), "tmpfs", folder]):
+        pytest.skip("only root can mount a small disk")
+    try:
+        node = supernode("--full-gc-threshold", "30M", "--task-expire-time", "1s", home=os.path.join(folder, "home"))
+        for number in range(5):  # 40 of 48 MB
+            host().get(origin.put("f%d" % number, blob(SIZE, number)), "--notbs", "-p", "cdn", check=blob(SIZE, number))
+        wait_for(lambda: node.metrics().get('dfly_gc_files_total{why="full"}') == 3, 40, "room on the disk")
+        wait_for(lambda: node.metrics()["dfly_disk_free_bytes"] >= 30 * MB, 20)
+        host().get(origin.put("f4", blob(SIZE, 4)), "--notbs", "-p", "cdn", check=blob(SIZE, 4))
+        assert origin.gets("f4") == 1 and node.metrics()['dfly_gc_files_total{why="full"}'] == 3, "the last used stay"
+    finally:
+        node.kill()
+        subprocess.check_call(["umount", "-l", folder])
+
+
+def test_what_nobody_uses_leaves_the_page_cache(world, origin, supernode, host, blob):
+    node = supernode("--task-expire-time", "1s")
+    host().get(origin.put("f", blob(SIZE)), "--notbs", "-p", "cdn", check=blob(SIZE))
+    os.sync()  # as the system itself does within half a minute, long before a task expires
+    path = cached_file(node.home)
+    wait_for(lambda: node.metrics()["dfly_tasks"] == 0, 30)
+
+    def pages():
+        return int(subprocess.check_output(["fincore", "--bytes", "--noheadings", "--output", "RES", path]).decode())
+    if subprocess.call(["fincore", "--version"], stdout=subprocess.DEVNULL):
+        pytest.skip("fincore is not here")
+    if subprocess.check_output(["stat", "--file-system", "--format", "%T", path]).strip() == b"tmpfs":
+        pytest.skip("the cache lies in memory")
+    wait_for(lambda: pages() < MB, 10, "a page cache without it")
