@@ -32,7 +32,7 @@ The map:
     15. Supernode       the API, old and native
     16. Uploader        a host's piece server
     17. Fetching        pieces from peers, orders from a supernode
-    18. Downloader      get: from supernode and peers, or back to source
+    18. Downloader      get: from supernode and peers, or back to source; supernodes as each other's clients
     19. Daemon's door   where container engines knock
     20. Blobs           files on their way through the daemon
     21. Daemon          registry mirror and proxy: blobs by the swarm, the rest straight
@@ -113,6 +113,9 @@ REASON_NO_SOURCE = 1000  # added when the origin was not allowed
 #: Requests carry "1 <site/rack>", those for pieces "1 rate=<bytes/s>" where a deflated answer may pay (they accept that encoding, too);
 #: a supernode's piece answers carry "sha256:<hex>" of the plain piece.
 DFLY_HEADER = "x-dfly"
+
+#: By this a supernode that registers with another says so, and as which version it knows the file ("" where it does not).
+SIBLING_HEADER = "x-dfly-sibling"
 
 #: Largest body that is read at all, in bytes: a sync with 700 reports is 40 KB, a register with CAs 200 KB.
 MAX_BODY = 1 << 20
@@ -277,6 +280,15 @@ def show_time(seconds: float) -> str:
     return "%dm%02ds" % divmod(int(seconds), 60) if seconds < 3600 else "%dh%02dm" % divmod(int(seconds) // 60, 60)
 
 
+_USER = re.compile(r"(?<=://)[^/?#\s]*@")
+_SIGNATURE = re.compile(r"([?&][^=&\s]*(?:sig|token|passw|secret|credential|accesskey|apikey|auth)[^=&\s]*=)[^&#\s\"']+", re.I)
+
+
+def without_secrets(text: str) -> str:
+    """Return a text in whose URLs users, passwords and signatures are stars: what is kept on disk has none."""
+    return _SIGNATURE.sub(r"\1***", _USER.sub("***@", text)) if "://" in text else text
+
+
 def os_error(error: OSError, path: str) -> DflyError:
     """Return the named error that an OSError about `path` is."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -288,6 +300,24 @@ def free_bytes(folder: str) -> int:
     """Return how many bytes an ordinary user may still write below `folder`."""
     stat = os.statvfs(folder)
     return stat.f_bavail * stat.f_frsize
+
+
+def reserve_bytes(fd: int, size: int) -> bool:
+    """Have the file system keep room for a file of so many bytes, as long as it seems now; return whether it can.  Raises OSError.
+
+    By the system's own call: posix_fallocate writes into every block where the file system has nothing of the kind.
+    """
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+    call = getattr(libc, "fallocate64", None) or getattr(libc, "fallocate", None)
+    if not call or not size:
+        return False
+    if call(fd, 1, ctypes.c_longlong(0), ctypes.c_longlong(size)) == 0:  # FALLOC_FL_KEEP_SIZE
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+        raise OSError(number, os.strerror(number))
+    return False
 
 
 def make_folder(path: str, mode: int = 0o755) -> str:
@@ -307,6 +337,20 @@ def remove(path: str) -> None:
         pass
     except OSError as error:
         raise os_error(error, path)
+
+
+def copy_to_disk(source: str, target: str) -> None:
+    """Copy a file and its times, and see it written; what of it stays in the page cache is the source's.  Raises OSError."""
+    with open(source, "rb") as old, open(target, "wb") as new:
+        at, stat = 0, os.fstat(old.fileno())
+        while at < stat.st_size:
+            count = os.sendfile(new.fileno(), old.fileno(), at, 1 << 24)
+            if not count:
+                raise OSError(errno.EIO, "the file became shorter")
+            at += count
+        os.fdatasync(new.fileno())
+        os.posix_fadvise(new.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.utime(new.fileno(), ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def open_owned(path: str, flags: int) -> int:
@@ -398,6 +442,7 @@ class Metrics:
         ("dfly_fetches", "Fetches from origins under way."),
         ("dfly_fetches_waiting", "Fetches that wait for their turn."),
         ("dfly_origin_bytes_total", "Bytes read from origins."),
+        ("dfly_sibling_bytes_total", "Bytes that other supernodes and their clients have sent instead."),
         ("dfly_sent_bytes_total", "Bytes of files sent to others."),
         ("dfly_saved_bytes_total", "Bytes that did not have to be sent, since pieces went compressed."),
         ("dfly_received_bytes_total", "Bytes that clients say they have got, by source."),
@@ -408,6 +453,9 @@ class Metrics:
         ("dfly_gc_files_total", "Files removed from the cache, by why."),
         ("dfly_gc_bytes_total", "Bytes removed from the cache, by why."),
         ("dfly_disk_free_bytes", "Free space where the cache is."),
+        ("dfly_disk_errors_total", "Fetches that the disk has ended, by why."),
+        ("dfly_memory_bytes", "Bytes of cached files that lie in memory."),
+        ("dfly_memory_moved_bytes_total", "Bytes of files that have moved from there to the disk."),
         ("dfly_preheats_total", "Preheats that have ended, by result."),
         ("dfly_daemon_blobs_total", "Blobs served from the swarm."),
         ("dfly_daemon_blob_bytes_total", "Bytes of these."),
@@ -500,7 +548,7 @@ class Log:
 
     def _write(self, level: str, message: str, args: Tuple[Any, ...]) -> None:
         now = time.time()
-        text = (message % args if args else message).replace("\n", "\\n").replace("\r", "\\r")
+        text = without_secrets(message % args if args else message).replace("\n", "\\n").replace("\r", "\\r")
         line = "%s.%03d %s sign:%s : %s\n" % (
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)), now % 1 * 1000, level, self.sign, text)
         data = line.encode("utf-8", "replace")
@@ -2569,8 +2617,9 @@ class TaskFile:
             if self.layout.length is not None:
                 lines.append(self._line("length %d" % self.layout.length))
             lines += [self._piece_line(num, seal) for num, seal in sorted(self._seals.items())]
-            if self._journal_fd >= 0:
-                os.close(self._journal_fd)
+            old, self._journal_fd = self._journal_fd, -1  # whatever becomes of the new one
+            if old >= 0:
+                os.close(old)
             write_whole(self.journal, b"".join(lines))
             self._journal_fd = os.open(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
@@ -2654,6 +2703,13 @@ class TaskFile:
             self.layout = Layout(length, self.layout.size)
             self._append_locked(self._line("length %d" % length))
 
+    def reserve(self) -> bool:
+        """Have the disk keep room for the whole file; return whether it can.  Raises NoSpace, CannotWrite."""
+        try:
+            return reserve_bytes(self._fd, self.layout.length or 0)
+        except OSError as error:
+            raise os_error(error, self.data)
+
     def need_space(self) -> None:
         """Check that the rest of the file fits on the disk.  Raises NoSpace."""
         if self.layout.length is None:
@@ -2700,7 +2756,10 @@ class TaskFile:
             for num in nums:
                 self._seals.pop(num, None)
                 self.have &= ~(1 << num)
-        self._rewrite()
+        try:
+            self._rewrite()
+        except OSError as error:
+            raise os_error(error, self.journal)
 
     def _read(self, offset: int, length: int) -> Iterator[Any]:
         """Yield bytes of the file as `read_fd` does.  Raises CannotRead."""
@@ -3193,7 +3252,7 @@ class Origin:
         import ssl
         import urllib.error
         import urllib.request
-        self._check_address()
+        self.check_address()
         request = urllib.request.Request(self._asked, method=method)
         for name, value in list(self.headers.items()) + list(headers):
             if name.lower() not in ("range", "host", "accept-encoding", "content-length", "connection"):
@@ -3233,7 +3292,8 @@ class Origin:
             return TlsError("%s: %s" % (self.url, getattr(reason, "verify_message", "") or getattr(reason, "reason", "") or reason))
         return SourceError("%s: %s" % (self.url, getattr(reason, "strerror", None) or reason or type(reason).__name__))
 
-    def _check_address(self) -> None:
+    def check_address(self) -> None:
+        """Raise BadRequest, SourceError unless this is a URL that may be asked."""
         parts = urlsplit(self._asked)
         if parts.scheme.lower() not in ("http", "https") or not parts.hostname:
             raise BadRequest("not an http(s) URL: %.200r" % self.url)
@@ -3259,7 +3319,7 @@ class Origin:
                 following = super().redirect_request(request, reply, 307 if code == 308 else code, *args)  # 3.11 is the first that knows 308
                 if following is not None:
                     try:
-                        Origin(following.full_url, fence=origin.fence)._check_address()
+                        Origin(following.full_url, fence=origin.fence).check_address()
                     except DflyError as error:
                         raise SourceError("%s: redirects to what is not fetched: %s" % (origin.url, error), getattr(error, "status", 0))
                     if urlsplit(following.full_url).netloc == urlsplit(request.full_url).netloc:
@@ -4682,8 +4742,24 @@ class DiskRules(NamedTuple):
         return "full" if free < self.full else "young" if free < self.young and unused_s > YOUNG_S else ""
 
 
+class Sibling:
+    """Another supernode that has, or gets, a task's file, and has taken us in for it."""
+
+    version = ""  # what it is told to be a version of, as an origin says it or as the sibling names it itself
+    length = None  # type: Optional[int]  # of the file, None while it is not known
+    piece_size = 0  # as it was cut there
+    caching = None  # type: Optional[Caching]  # as the origin has said it, None where that is not known
+
+    def fill(self, store: TaskFile, on_piece: Callable[[int, int], None], on_length: Callable[[], None], stopped: Callable[[], bool]) -> None:
+        """Fetch every missing piece, and tell of each with its bytes.  Raises whatever makes that impossible."""
+        raise NotImplementedError
+
+
 class CdnEvents:
     """What a CDN task tells its owner; called on the task's thread, without a lock."""
+
+    def on_way(self, task: "CdnTask") -> None:
+        """It is decided whether a sibling is asked first (`relays`)."""
 
     def on_known(self, task: "CdnTask") -> None:
         """The origin has answered: the piece size is fixed, the length perhaps known."""
@@ -4703,21 +4779,26 @@ class CdnEvents:
 
 
 class CdnTask:
-    """The supernode's own copy of one task.  _lock guards state, error, store and _thread."""
+    """The supernode's own copy of one task.  _lock guards state, error, store, promised_size and _thread."""
 
     WAITING, RUNNING, SUCCESS, FAILED = "WAITING", "RUNNING", "SUCCESS", "FAILED"
 
     def __init__(self, cdn: "Cdn", task_id: str, url: str, events: CdnEvents) -> None:
         self._cdn, self._events = cdn, events
         self.task_id, self.url = task_id, url
+        self.folder = cdn.folder  # where its file is, or will be
         self.state = self.WAITING
         self.error = None  # type: Optional[DflyError]
         self.store = None  # type: Optional[TaskFile]
         self.ended_at = 0.0  # monotonic
         self.likely_size = MIB  # of pieces, as far as can be said before the origin has answered
-        self.promised_size = 0  # the same, once it has been told to somebody
+        self.promised_size = 0  # the same, once it is certain
         self.version = ""  # names this very copy to peers that resume, also where the origin names none
         self.origin_bytes = 0  # read from the origin, by all fetches
+        self.sibling_bytes = 0  # and from siblings and their clients
+        self.names = ("", "", "")  # taskUrl, MD5 and identifier: under which a sibling finds it
+        self.piece_path = ""  # where its pieces are found on our piece port
+        self.relays = None  # type: Optional[bool]  # whether it comes, or shall come, from a sibling; None: not decided
         self.caching = None  # type: Optional[Caching]  # as the origin's last answer has it
         self._fresh_until = 0.0  # time.time() until which it need not be asked again
         self._lock = threading.Lock()
@@ -4729,18 +4810,26 @@ class CdnTask:
     @property
     def path(self) -> str:
         """Where its bytes lie.  Wire: 5.2"""
-        return os.path.join(self._cdn.folder, self.task_id[:3], self.task_id)
+        return path_of_task(self.folder, self.task_id)
 
-    def ensure(self, origin: Origin) -> None:
-        """Begin to fetch, unless that is under way, done, or has failed a moment ago."""
+    def promise(self, size: int = 0) -> int:
+        """Return how large its pieces are, in bytes: from now on `size`, or what is likely, unless that has been said before."""
+        with self._lock:
+            self.promised_size = self.promised_size or size or self.likely_size
+            return self.promised_size
+
+    def ensure(self, origin: Origin, alone: bool = False) -> None:
+        """Begin to fetch, unless that is under way, done, or has failed a moment ago; `alone`: from the origin only, since it is a
+        sibling that asks, and two that wait for each other would wait for ever."""
         with self._lock:
             if self._stopping or self.state in (self.RUNNING, self.SUCCESS):
                 return
             if self.state == self.FAILED and time.monotonic() < self.fails_until():
                 return
             self.state, self.error = self.RUNNING, None
+            self.relays = None if self._cdn.siblings and not alone else False
             self.settled.clear()
-            self._speed = (time.monotonic(), self.origin_bytes)
+            self._speed = (time.monotonic(), self.origin_bytes + self.sibling_bytes)
             self._thread = threading.Thread(target=self._run, args=(origin,), name="dfly-cdn-" + self.task_id[:8], daemon=True)
             self._thread.start()
 
@@ -4749,12 +4838,22 @@ class CdnTask:
         wish = getattr(self.error, "retry_s", None) or 0.0
         return self.ended_at + max(self._cdn.retry_s, min(wish, self._cdn.LEAVE_S))
 
-    def refetch(self, num: int, origin: Origin) -> bool:
-        """Look at piece `num` again; when it is no longer what it was, fetch it anew and return True."""
+    def refetch(self, num: int, origin: Origin, on_lost: Callable[[], None]) -> bool:
+        """Look at piece `num` again; when it is no longer what it was, or can't be read, say so, fetch it anew and return True."""
         store = self.store
-        if not store or not store.seal(num) or not store.read_back([num]):
+        if not store or not store.seal(num):
             return False
-        store.drop([num])
+        try:
+            if not store.read_back([num]):
+                return False
+        except CannotRead as error:
+            self._cdn.log.error("task %s: %s", self.task_id, error)
+        try:
+            store.drop([num])
+        except (NoSpace, CannotWrite) as error:
+            self._end(self.FAILED, error)
+            return True
+        on_lost()
         with self._lock:
             if self.state == self.SUCCESS:
                 self.state = self.WAITING
@@ -4788,15 +4887,24 @@ class CdnTask:
         METRICS.add("dfly_cache_checks_total", result="same" if same else "changed")
         if not same:
             return False
-        self._note_caching(self.store, origin, reply)
+        self._note_caching(self.store, origin, self._caching_of(reply))
         return True
 
+    def doubt(self, version: str) -> None:
+        """Somebody says which version the origin has now: if it is another one, the origin is asked before this is given on."""
+        if version and self.version and not same_version(version, self.version):
+            self._fresh_until = 0.0
+
+    def fresh_caching(self) -> Optional[Caching]:
+        """Return how long this may be served from now on without a question."""
+        return self.caching and self.caching._replace(lifetime=max(0.0, self._fresh_until - time.time()))
+
     def rate(self, now: float) -> float:
-        """Return bytes per second from the origin since this was last asked, at least a second ago."""
-        then, count = self._speed
+        """Return bytes per second from origin or sibling since this was last asked, at least a second ago."""
+        (then, count), came = self._speed, self.origin_bytes + self.sibling_bytes
         if now - then >= 1.0:
-            self._speed = (now, self.origin_bytes)
-        return (self.origin_bytes - count) / max(now - then, 0.1) if then else 0.0
+            self._speed = (now, came)
+        return (came - count) / max(now - then, 0.1) if then else 0.0
 
     def stop(self, limit_s: float = 0.0) -> None:
         """End the fetch, and wait for that at most `limit_s` seconds; what is on disk stays.
@@ -4814,15 +4922,12 @@ class CdnTask:
     # -- on the task's thread ---------------------------------------------------
 
     def _run(self, origin: Origin) -> None:
-        place = urlsplit(origin.url).netloc.rpartition("@")[2].lower()
         try:
-            self._cdn.turns.take(place, lambda: self._stopping)
-            try:
-                self._fetch(origin)
-            finally:
-                self._cdn.turns.give(place)
+            self._obtain(origin)
             self._end(self.SUCCESS, None)
         except DflyError as error:
+            if isinstance(error, CannotRead):
+                self._cdn.forget_file(self.path)
             self._end(self.FAILED, error)
         except Exception as error:  # noqa: BLE001 a fault of ours: the peers must learn that nothing more will come
             import traceback
@@ -4839,15 +4944,86 @@ class CdnTask:
             self.state, self.error, self.ended_at = state, error, time.monotonic()
         self._cdn.ended(self.task_id)
         METRICS.add("dfly_tasks_ended_total", result=state.lower())
+        if isinstance(error, (NoSpace, CannotWrite)):
+            METRICS.add("dfly_disk_errors_total", why="full" if isinstance(error, NoSpace) else "unreadable" if isinstance(error, CannotRead) else "unwritable")
         self._cdn.log.info("task %s %s: %s", self.task_id, state, error or self.url)
         self._events.on_end(self)
         self.settled.set()
 
-    def _fetch(self, origin: Origin) -> None:
+    def _obtain(self, origin: Origin) -> None:
+        """Have the file here: from a sibling where one is to be asked first, else, and what it owes us, from the origin."""
+        if self.store:
+            self._decide(False)
+        kept = None if self.store else self._kept()
+        version = self._in_turn(origin, kept) if self.store or kept else ""
+        if version is not None and not self._relay(origin, version):
+            self._in_turn(origin, None)
+
+    def _relay(self, origin: Origin, version: str) -> bool:
+        """Fetch the file (this version, where one is named) from a sibling; return whether all of it has come."""
+        siblings, node = self._cdn.siblings, None
+        if siblings and self.relays is None:
+            origin.check_address()  # what this supernode does not fetch it does not have fetched either
+            node = siblings.first(self.names[0])
+        if node is None:
+            self._decide(False)
+            return False
+        self._decide(True)
+        siblings.turns.take(str(node), lambda: self._stopping)
+        try:
+            self._take(origin, siblings.enter(node, self, origin, version, lambda: self._stopping))
+            return True
+        except (NoSpace, CannotWrite):
+            raise
+        except DflyError as error:
+            if self._stopping:
+                raise
+            self._cdn.log.warn("task %s: a sibling fails, the origin is asked: %s", self.task_id, error)
+            self._decide(False)
+            return False
+        finally:
+            siblings.turns.give(str(node))
+
+    def _decide(self, relays: bool) -> None:
+        self.relays = relays
+        self._events.on_way(self)
+
+    def _take(self, origin: Origin, sibling: Sibling) -> None:
+        """Fetch the file from a sibling.  Raises what `fill` does."""
+        if self.promise(sibling.piece_size) != sibling.piece_size:
+            raise Stalled("it comes in other pieces there than clients have been told here")
+        METRICS.add("dfly_cache_total", result="miss")
+        store = self._create(sibling.version, sibling.length, sibling.piece_size)
+        if sibling.caching:
+            self._note_caching(store, origin, sibling.caching)
+        self._adopt(store)
+
+        def on_piece(num: int, count: int) -> None:
+            self.sibling_bytes += count
+            METRICS.add("dfly_sibling_bytes_total", count)
+            self._events.on_piece(self, num)
+
+        sibling.fill(store, on_piece, lambda: self._events.on_length(self), lambda: self._stopping)
+
+    def _in_turn(self, origin: Origin, kept: Optional[TaskFile]) -> Optional[str]:
+        """As `_fetch`, when it is this task's turn at the origin."""
+        place = urlsplit(origin.url).netloc.rpartition("@")[2].lower()
+        try:
+            self._cdn.turns.take(place, lambda: self._stopping)
+        except DflyError:
+            if kept:
+                kept.close()
+            raise
+        try:
+            return self._fetch(origin, kept)
+        finally:
+            self._cdn.turns.give(place)
+
+    def _fetch(self, origin: Origin, kept: Optional[TaskFile]) -> Optional[str]:
+        """Fetch what is missing; or return as which version the origin has the file now, where a sibling is to be asked for that first."""
         if self.store:  # only a piece or the rest is missing
             self._fill(origin, None)
-            return
-        kept = self._kept()
+            return None
         had = "miss" if not kept else "part" if kept.claimed != kept.layout.count else "hit"
         try:
             reply = self._ask(origin, kept)
@@ -4855,22 +5031,28 @@ class CdnTask:
             if kept:
                 kept.close()  # it is locked as long as it is open
             raise
-        same = bool(kept and (reply is None or self._unchanged(kept, reply)))
-        METRICS.add("dfly_cache_total", result=had if same else "miss")
-        if kept and same:
+        if kept and (reply is None or self._unchanged(kept, reply)):
+            METRICS.add("dfly_cache_total", result=had)
+            self._decide(False)
             self._reuse(origin, kept, reply)
-            return
+            return None
+        assert reply
         if kept:
             kept.close()
-        assert reply
+            if self.relays is None:
+                reply.close()
+                return reply.version
+        METRICS.add("dfly_cache_total", result="miss")
         self._anew(origin, reply)
+        return None
 
     def _kept(self) -> Optional[TaskFile]:
         """Return what an earlier run has left, if it can still be of use."""
+        self.folder = self._cdn.folder_of(self.task_id)
         kept = TaskFile.resume(self.path, self.path + ".journal")
         if kept and (not any(version_parts(kept.about.get("version", "")))  # nothing could tell us whether it is still the origin's file
                      or kept.about.get("keep") == "no"
-                     or not same_file(kept.about.get("url", ""), self.url)
+                     or not same_file(kept.about.get("url", ""), without_secrets(self.url))
                      or self.promised_size not in (0, kept.layout.size)):
             kept.close()
             return None
@@ -4892,6 +5074,10 @@ class CdnTask:
             if whole and origin.content:
                 origin.vouch()
                 return None
+            if kept and self.relays is None:
+                head = origin.vouch(if_none_match(kept.about["version"]))
+                if head.status == 304 or (head.version and not self._unchanged(kept, head)):
+                    return head  # what it has now is perhaps a sibling's to fetch
             patience = Patience(lambda: self._stopping, self._cdn.log.warn)
             return patience.first(origin, if_none_match(kept.about["version"]) if kept else ())
         except NeedAuth:
@@ -4906,7 +5092,9 @@ class CdnTask:
         """Go on with what an earlier run has fetched: announce what is still true, fetch the rest."""
         self._adopt(kept)
         if reply:
-            self._note_caching(kept, origin, reply)
+            self._note_caching(kept, origin, self._caching_of(reply))
+        else:
+            self._recall_caching(kept)
         if reply and (reply.status == 304 or reply.ranges and kept.claimed):  # else it would send again what is here
             reply.close()
             reply = None
@@ -4920,26 +5108,56 @@ class CdnTask:
 
     def _anew(self, origin: Origin, reply: OriginReply) -> None:
         """Fetch the file that `reply` begins."""
-        size = self.promised_size or choose_piece_size(reply.length)
-        make_folder(os.path.dirname(self.path))
-        about = {"task": self.task_id, "url": self.url, "version": reply.version}
         try:
-            if reply.length:
-                self._cdn.make_room(reply.length, self.task_id, lambda: self._events.on_full(self))
-            store = TaskFile.create(self.path, self.path + ".journal", about, reply.length, size)
+            store = self._create(reply.version, reply.length, self.promise(choose_piece_size(reply.length)))
+            self._note_caching(store, origin, self._caching_of(reply))
         except DflyError:
             reply.close()
             raise
-        self._note_caching(store, origin, reply)
         self._adopt(store)
         self._fill(origin, reply)
 
-    def _note_caching(self, store: TaskFile, origin: Origin, reply: OriginReply) -> None:
+    def _create(self, version: str, length: Optional[int], size: int) -> TaskFile:
+        """Return an empty file for it, with room for all of it.  Raises NoSpace, CannotWrite."""
+        if self._cdn.place_in_memory(length, self.task_id):
+            assert self._cdn.memory
+            self.folder = self._cdn.memory.folder
+            try:
+                return self._create_here(version, length, size)
+            except (NoSpace, CannotWrite) as error:
+                self._cdn.log.warn("task %s goes to the disk: %s", self.task_id, error)
+        self.folder = self._cdn.folder
+        if length:
+            self._cdn.make_room(length, self.task_id, lambda: self._events.on_full(self))
+        return self._create_here(version, length, size)
+
+    def _create_here(self, version: str, length: Optional[int], size: int) -> TaskFile:
+        make_folder(os.path.dirname(self.path))
+        about = {"task": self.task_id, "url": without_secrets(self.url), "version": version}
+        store = TaskFile.create(self.path, self.path + ".journal", about, length, size)
+        try:
+            if store.reserve():
+                self._cdn.ended(self.task_id)  # no promise any more
+        except DflyError:
+            store.delete()
+            raise
+        return store
+
+    def _caching_of(self, reply: OriginReply) -> Caching:
+        caching = Caching.of(reply.headers, time.time())
+        if reply.status == 304 and not caching.explicit and self.caching:
+            return self.caching  # what it has said before still holds
+        return caching
+
+    def _recall_caching(self, kept: TaskFile) -> None:
+        """What an earlier run has noted holds on; what it could not ask about now is asked about soon."""
+        now, fresh = time.time(), float(kept.about.get("fresh", "0"))
+        self.caching = Caching(max(0.0, fresh - now), fresh > 0, kept.about.get("keep") != "no", kept.about.get("must") == "yes")
+        self._fresh_until = max(fresh, now + self._cdn.retry_s)
+
+    def _note_caching(self, store: TaskFile, origin: Origin, caching: Caching) -> None:
         """Note how long this may be served without a question; on disk only what it takes no credentials to read, and no guess."""
         now = time.time()
-        caching = Caching.of(reply.headers, now)
-        if reply.status == 304 and not caching.explicit and self.caching:
-            caching = self.caching  # what it has said before still holds
         self.caching = caching
         self._fresh_until = now + max(1.0, caching.lifetime)  # those who ask at once are one question
         lasting = caching.explicit and not origin.credentials()
@@ -4973,27 +5191,110 @@ class CdnTask:
             count()
 
 
+def path_of_task(folder: str, task_id: str) -> str:
+    """Return where a task's bytes lie in a folder of the cache.  Wire: 5.2"""
+    return os.path.join(folder, task_id[:3], task_id)
+
+
+def cached_files(folder: str) -> List[Tuple[float, int, str]]:
+    """Return (last use, bytes on the disk, path) of every file in a folder of the cache, oldest use first."""
+    found = []
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(place, name)
+            if re.match(r"^[0-9a-f]{64}$", name):
+                try:
+                    stat = os.stat(path)
+                except OSError:
+                    continue
+                found.append((max(stat.st_atime, stat.st_mtime), stat.st_blocks * 512, path))
+    return sorted(found)
+
+
+class MemoryShelf:
+    """The part of a cache that lies in a memory file system: new files go there as long as they fit, the longest unused ones move to
+    the disk so that a quarter stays free.  _lock guards _promised."""
+
+    def __init__(self, folder: str, capacity: int) -> None:
+        self.folder = make_folder(folder)
+        self._capacity = capacity  # bytes, of all files there
+        self._lock = threading.Lock()
+        self._promised = {}  # type: Dict[str, int]  # bytes of files that are being written, by task
+
+    def files(self) -> List[Tuple[float, int, str]]:
+        """As cached_files."""
+        return cached_files(self.folder)
+
+    def take(self, need: int, task_id: str) -> bool:
+        """Promise room for a file of so many bytes, unless there is none."""
+        sizes = {os.path.basename(path): size for _, size, path in self.files()}
+        try:
+            free = free_bytes(self.folder)
+        except OSError:
+            return False
+        with self._lock:
+            others = {name: promised for name, promised in self._promised.items() if name != task_id}
+            coming = sum(max(0, promised - sizes.get(name, 0)) for name, promised in others.items())
+            own = sizes.get(task_id, 0)
+            room = min(self._capacity - sum(sizes.values()) + own, free + own) - coming
+            if need + (64 << 10) > room:  # there is a journal, too
+                return False
+            self._promised[task_id] = need
+            return True
+
+    def ended(self, task_id: str) -> None:
+        """What was promised is written, or will not be."""
+        with self._lock:
+            self._promised.pop(task_id, None)
+
+    def excess(self) -> int:
+        """Return how many bytes are to move to the disk."""
+        return sum(size for _, size, _ in self.files()) - self._capacity * 3 // 4
+
+
 class Cdn:
-    """The cache folder of a supernode: where tasks lie, which may go.  _lock guards _tasks and _reserved."""
+    """The cache of a supernode: where tasks lie, which may go.  _lock guards _tasks and _reserved."""
 
     LOOK_S = 15.0  # between two looks at the disk.  Wire: 10.4
     LEAVE_S = 600.0  # an origin that wants to be left alone is, for this long at most
 
-    def __init__(self, home: str, log: Log, bucket: TokenBucket, retry_s: float, rules: DiskRules, turns: Turns) -> None:
+    def __init__(self, home: str, log: Log, bucket: TokenBucket, retry_s: float, rules: DiskRules, turns: Turns, siblings: Any = None,
+                 memory: Optional[MemoryShelf] = None) -> None:
         self.folder = make_folder(os.path.join(home, "repo", "download"))
+        self.memory = memory  # above that; None: there is none
         self.log, self.bucket = log, bucket
         self.retry_s = retry_s  # how long a failure stands before the origin is asked again
         self.rules, self.turns = rules, turns
+        self.siblings = siblings  # who may be asked before an origin is, in `turns`: first(task_url), enter(node, task, origin, version, stopped)
         self._making_room = threading.Lock()  # one at a time looks what is free
         self._reserved = {}  # type: Dict[str, int]  # bytes for which room was made, by task, until its fetch ends
         self._lock = threading.Lock()
         self._tasks = {}  # type: Dict[str, CdnTask]
         self._ended = threading.Event()
+        self._crowded = threading.Event()  # something did not fit, or it is time for a look, or the end
         self._collector = threading.Thread(target=self._collect, name="dfly-gc", daemon=True)
 
     def start(self) -> None:
         """Begin to look after the disk."""
+        if self.memory:  # of which there may be less than before
+            self._crowded.set()
         self._collector.start()
+
+    def folder_of(self, task_id: str) -> str:
+        """Return the folder in which a task's file is, or would be looked for."""
+        if self.memory and os.path.exists(path_of_task(self.memory.folder, task_id) + ".journal"):
+            return self.memory.folder
+        return self.folder
+
+    def place_in_memory(self, length: Optional[int], task_id: str) -> bool:
+        """Return whether a new file shall lie in memory, where it has room then; what an older one left elsewhere goes."""
+        if not self.memory:
+            return False
+        fits = length is not None and self.memory.take(length, task_id)
+        self._remove(path_of_task(self.folder if fits else self.memory.folder, task_id))
+        if not fits:
+            self._crowded.set()
+        return fits
 
     def task(self, task_id: str, url: str, events: CdnEvents) -> CdnTask:
         """Return the task of that id, made if it is new."""
@@ -5010,16 +5311,21 @@ class Cdn:
             task.stop()
             self._used(task)
             if task.caching and not task.caching.keep:
-                self._remove(task.path)
+                self.forget_file(task.path)
 
     def delete(self, task_id: str) -> None:
         """Forget a task and remove its bytes."""
         self.release(task_id)
-        self._remove(os.path.join(self.folder, task_id[:3], task_id))
+        for folder in self._folders():
+            self._remove(path_of_task(folder, task_id))
+
+    def _folders(self) -> List[str]:
+        return [self.folder] + ([self.memory.folder] if self.memory else [])
 
     def stop(self) -> None:
         """End all fetches, within two seconds."""
         self._ended.set()
+        self._crowded.set()
         with self._lock:
             tasks, self._tasks = list(self._tasks.values()), {}
         for task in tasks:  # all are told before any is waited for
@@ -5045,6 +5351,13 @@ class Cdn:
         finally:
             os.close(fd)
 
+    def forget_file(self, path: str) -> None:
+        """Remove what lies there and is of no more use; a disk that does not let us is no trouble of whoever asks."""
+        try:
+            self._remove(path)
+        except DflyError as error:
+            self.log.warn("cache: %s", error)
+
     def _remove(self, path: str) -> None:
         remove(path + ".journal")
         remove(path)
@@ -5060,36 +5373,70 @@ class Cdn:
         self.log.info("cache: %s (%s) goes: %s", path, show_size(size), why)
         return True
 
-    def _files(self) -> List[Tuple[float, int, str]]:
-        found = []
-        for folder, _, names in os.walk(self.folder):
-            for name in names:
-                path = os.path.join(folder, name)
-                if re.match(r"^[0-9a-f]{64}$", name):
-                    try:
-                        stat = os.stat(path)
-                    except OSError:
-                        continue
-                    found.append((max(stat.st_atime, stat.st_mtime), stat.st_blocks * 512, path))
-        return sorted(found)
-
-    def idle_files(self) -> List[Tuple[float, int, str]]:
-        """Return (last use, bytes, path) of every cached file that no task in memory uses, oldest use first."""
+    def idle_files(self, folder: str = "") -> List[Tuple[float, int, str]]:
+        """Return (last use, bytes, path) of every cached file on the disk (or there) that no task uses just now, oldest use first."""
         with self._lock:
             active = set(self._tasks)
-        return [file for file in self._files() if os.path.basename(file[2]) not in active]
+        return [file for file in cached_files(folder or self.folder) if os.path.basename(file[2]) not in active]
 
     def _collect(self) -> None:
         """The life of the thread that looks after the disk."""
-        while not self._ended.wait(self.LOOK_S):
+        self._tidy()
+        while not self._ended.is_set():
+            self._crowded.wait(self.LOOK_S)
+            self._crowded.clear()
             try:
+                self.cool()
                 self.collect()
             except (OSError, DflyError) as error:  # the disk's trouble is its own
                 self.log.warn("cache: %s", error)
+            self._ended.wait(1.0)  # not for every file that does not fit
+
+    def _tidy(self) -> None:
+        """Remove what a killed process was just moving."""
+        for place, _, names in os.walk(self.folder):
+            for name in names:
+                if name.endswith(".moving"):
+                    remove(os.path.join(place, name))
+
+    def cool(self) -> None:
+        """Move the longest unused files from memory to the disk until a quarter of the memory is free; those go whose time has come."""
+        excess = self.memory.excess() if self.memory else 0
+        for used_at, size, path in self.idle_files(self.memory.folder) if self.memory else []:
+            if self.rules.expire_s and time.time() - used_at > self.rules.expire_s:
+                excess -= size if self._sacrifice(path, size, "expired") else 0
+            elif excess > 0 and not self._ended.is_set():
+                excess -= size if self._move(path, size) else 0
+
+    def _move(self, path: str, size: int) -> bool:
+        """Move a file from memory to the disk, or drop it where that takes no more; return whether it is gone from there."""
+        task_id = os.path.basename(path)
+        target = path_of_task(self.folder, task_id)
+        try:
+            make_folder(os.path.dirname(target))
+            self.make_room(size, task_id)
+            for tail in ("", ".journal"):
+                copy_to_disk(path + tail, target + tail + ".moving")
+            with self._lock:
+                if task_id not in self._tasks:
+                    os.rename(target + ".moving", target)
+                    os.rename(target + ".journal.moving", target + ".journal")
+                    self._remove(path)
+                    METRICS.add("dfly_memory_moved_bytes_total", size)
+                    self.log.info("cache: %s (%s) moves from memory to the disk", task_id, show_size(size))
+                    return True
+            return False
+        except (OSError, DflyError) as error:
+            self.log.warn("cache: %s can't move to the disk: %s", task_id, error)
+            return self._sacrifice(path, size, "room")
+        finally:
+            self.ended(task_id)
+            for tail in ("", ".journal"):
+                remove(target + tail + ".moving")
 
     def collect(self) -> None:
         """Remove what is not in use and, by the rules for the disk, has to go; the longest unused first.  Wire: 10.4"""
-        used = sum(size for _, size, _ in self._files())
+        used = sum(size for _, size, _ in cached_files(self.folder))
         for used_at, size, path in self.idle_files():
             why = self.rules.why(time.time() - used_at, used, free_bytes(self.folder))
             if not why:
@@ -5103,19 +5450,32 @@ class Cdn:
             stores = [(need, self._tasks[other].store) for other, need in self._reserved.items() if other in self._tasks and other != task_id]
         return sum(max(0, need - (store.kept_bytes if store else 0)) for need, store in stores)
 
+    def free(self) -> int:
+        """Return the bytes free on the disk; none when it does not say."""
+        try:
+            return free_bytes(self.folder)
+        except OSError:
+            return 0
+
     def ended(self, task_id: str) -> None:
         """A fetch has ended: what room was made for and is not on the disk is free again."""
         with self._lock:
             self._reserved.pop(task_id, None)
+        if self.memory:
+            self.memory.ended(task_id)
 
     def make_room(self, need: int, task_id: str, let_go: Callable[[], bool] = lambda: False) -> None:
         """Remove the longest unused files until `need` bytes and the reserve are free, and all fits into the capacity.
 
         What the task itself has on disk counts as free, what other fetches will still write does not.  When no file is left,
-        `let_go` may make one unused, and says whether it has.  Raises NoSpace when all that is not enough.
+        `let_go` may make one unused, and says whether it has.  Raises NoSpace when all that is not enough, CannotWrite.
         """
+        make_folder(self.folder)  # somebody may have put another disk in its place
         with self._making_room:
-            room = self._make_room(need + max(64 << 10, need >> 8), task_id, let_go)  # there are journals and logs, too
+            try:
+                room = self._make_room(need + max(64 << 10, need >> 8), task_id, let_go)  # there are journals and logs, too
+            except OSError as error:
+                raise os_error(error, self.folder)
             if room + self.rules.reserve < need:  # what is left free for others is taken before a fetch fails
                 raise NoSpace(self.folder, need, max(0, room))
             with self._lock:
@@ -5123,12 +5483,12 @@ class Cdn:
 
     def _make_room(self, need: int, task_id: str, let_go: Callable[[], bool]) -> int:
         """Return the bytes free for the task, the reserve left out, once that is enough or nothing more can go."""
-        own = os.path.join(self.folder, task_id[:3], task_id)
+        own = path_of_task(self.folder, task_id)
         have = os.stat(own).st_blocks * 512 if os.path.exists(own) else 0
         while True:
             promised = self._promised(task_id)  # before what is on the disk is looked at: what comes meanwhile counts twice, not never
             idle = collections.deque(file for file in self.idle_files() if file[2] != own)
-            used = sum(size for _, size, _ in self._files()) + promised - have
+            used = sum(size for _, size, _ in cached_files(self.folder)) + promised - have
             while True:
                 promised = self._promised(task_id)
                 room = free_bytes(self.folder) - promised + have - self.rules.reserve
@@ -5295,6 +5655,10 @@ class Swarm(CdnEvents):
 
     # -- what the CDN tells ----------------------------------------------------
 
+    def on_way(self, task: CdnTask) -> None:
+        """Siblings may wait to hear whether this one waits for others."""
+        self.notify(("task", task.task_id))
+
     def on_known(self, task: CdnTask) -> None:
         """The size of the pieces is known, perhaps their number."""
         with self.lock:
@@ -5331,7 +5695,7 @@ class Swarm(CdnEvents):
         if mine and task.state == task.SUCCESS:
             try:
                 self._judge(mine)
-            except (WrongBytes, CannotRead, NoMd5) as error:
+            except (WrongBytes, CannotWrite, NoMd5) as error:
                 task.state, task.error = task.FAILED, error
         if mine:
             mine.begun.set()
@@ -5421,14 +5785,16 @@ class Swarm(CdnEvents):
             task.cid = "cdnnode:%s~%s" % (self._ip, task_id)  # Wire: 2.3
             task.origin = origin
             task.secret = "/" + os.urandom(16).hex() if origin.credentials() else ""
+            task.cdn.piece_path = task.piece_path()
             task.proven[origin.credentials()] = float("inf")  # whoever's request fetches it is judged by that fetch
             self.tasks[task_id] = task
             self.scheduler.add_task(task_id, None)
         task.used_at = now
         return task
 
-    def begin(self, task_url: str, md5: str, identifier: str, origin: Origin) -> SwarmTask:
-        """Return the task that a client means, its fetch begun, its right to it not yet looked into.  Raises BadRequest."""
+    def begin(self, task_url: str, md5: str, identifier: str, origin: Origin, alone: bool = False) -> SwarmTask:
+        """Return the task that a client means, its fetch begun (`alone`: without siblings), its right to it not yet looked into.
+        Raises BadRequest."""
         content = content_of(task_url)
         if content and not same_file(origin.url, content):
             raise BadRequest("rawUrl: %.200s: is no blob of the digest that taskUrl names" % origin.url)
@@ -5436,7 +5802,8 @@ class Swarm(CdnEvents):
         with self.lock:
             task = self.join_locked(task_id, content or origin.url, md5, origin, own=same_file(origin.url, task_url))
         if task.cdn.state in (CdnTask.WAITING, CdnTask.FAILED):
-            task.cdn.ensure(origin)
+            task.cdn.names = (task_url, md5, identifier)
+            task.cdn.ensure(origin, alone)
         return task
 
     def forget_locked(self, task: SwarmTask) -> None:
@@ -5454,6 +5821,23 @@ class Swarm(CdnEvents):
         """Return whether a task is still the one of its name."""
         with self.lock:
             return self.tasks.get(task.task_id) is task
+
+    def look_again(self, task: SwarmTask, num: int, pause_s: float) -> None:
+        """Somebody could not get piece `num` from us: unless that was looked into less than `pause_s` ago, see whether the disk still has it,
+        and fetch it anew where not.  Wire: 16 (6)"""
+        with self.lock:
+            now = self._clock()
+            if not task.cdn.store or not task.origin or now < task.rechecked_at + pause_s:
+                return
+            task.rechecked_at = now
+
+        def on_lost() -> None:
+            self._log.error("piece %d of %s was damaged on our disk", num, task.task_id)
+            with self.lock:
+                if self.tasks.get(task.task_id) is task:
+                    self.scheduler.unseeded(task.task_id, num, self._clock())
+
+        task.cdn.refetch(num, task.origin, on_lost)
 
     def _collect(self) -> None:
         """Forget tasks that nobody has asked for in a while.  Wire: 10.4"""
@@ -5890,6 +6274,7 @@ class Preheats:
 
 PULL_WAIT_S = 0.4  # how long an old pull is held: dfget 0.2 gives up after 3 s and then sleeps up to 2
 REGISTER_WAIT_S = 2.5  # for the origin to say how long the file is; old clients give up after 5 s
+LOOK_AGAIN_S = 0.5  # between two looks at pieces of ours of a task that clients say they could not get
 SMALL = 256 << 10  # bytes: a file up to this size travels inside the register answer
 _HALF = re.compile("[\ud800-\udfff]")  # JSON can write half a character, which nothing can be encoded from
 
@@ -5966,6 +6351,7 @@ class Supernode:
         Route("DELETE", "/api/v1/preheats/", "preheat_delete"),
         Route("GET", "/_ping", "ping"),
         Route("GET", "/version", "version"),
+        Route("GET", "/sibling", "sibling"),                          # ours
         Route("GET", "/metrics", "metrics"),
     )
     PIECE_ROUTES = (
@@ -5974,7 +6360,7 @@ class Supernode:
     )
 
     def __init__(self, swarm: Swarm, preheats: Preheats, advertise_ip: str, log: Log, fence: Fence, trusted: HostList, down_limit: int = 4,
-                 clock: Callable[[], float] = time.monotonic, squeezer: Optional[Squeezer] = None) -> None:
+                 clock: Callable[[], float] = time.monotonic, squeezer: Optional[Squeezer] = None, about: Optional[Dict[str, Any]] = None) -> None:
         self._swarm, self._preheats = swarm, preheats
         self._ip, self._log = advertise_ip, log
         self._clock = clock
@@ -5982,6 +6368,7 @@ class Supernode:
         self._trusted = trusted  # whose word about a client's address is good
         self._down_limit = down_limit  # pieces an old client may have under way.  Wire: 14 (9)
         self._squeezer = squeezer  # None: all pieces go as they are
+        self._about = about or {}  # as which its siblings know it
         self._api = None  # type: Optional[Server]
         self._pieces = None  # type: Optional[Server]
 
@@ -6011,6 +6398,8 @@ class Supernode:
             except (BadRequest, SourceError) as refusal:
                 return Response.of_json({"code": refusal.code, "msg": str(refusal), "message": str(refusal)}, 400)
         task, peer = request.state["task"], request.state["peer"]
+        if request.state["sibling"] and task.cdn.state == CdnTask.RUNNING and task.cdn.relays is not False:
+            return self._sibling_waits(task, request)
         error = task.refusal(request.state["credentials"], self._clock())
         if error is None and task.cdn.state == CdnTask.FAILED:
             error = task.cdn.error
@@ -6023,6 +6412,13 @@ class Supernode:
         if checking and task.proven.get(request.state["credentials"], 0) <= self._clock():
             return Response.of_json({"code": SYSTEM_ERROR, "msg": "the origin does not say whether this client may read %s" % task.url})
         return self._registered(task, peer, request)
+
+    def _sibling_waits(self, task: SwarmTask, request: Request) -> Any:
+        """What comes from a sibling, or may yet, is given to no other sibling: they could wait for each other."""
+        left = request.state["until"] - self._clock()
+        if task.cdn.relays is None and left > 0 and not request.expired:
+            return Park(("task", task.task_id), left)
+        return Response.of_json({"code": SUPER_FAIL, "msg": "%s: this supernode asks a sibling itself" % task.url})
 
     @staticmethod
     def _worth_waiting(task: SwarmTask, peer: Peer) -> bool:
@@ -6051,9 +6447,12 @@ class Supernode:
         md5 = fields.text("md5").lower()
         task_url = fields.text("taskUrl") or url
         origin = Origin(url, headers, fields.flag("insecure"), cas, self._fence, content=content_of(task_url))
-        task = self._swarm.begin(task_url, md5, fields.text("identifier"), origin)
+        sibling = SIBLING_HEADER in request.headers
+        task = self._swarm.begin(task_url, md5, fields.text("identifier"), origin, alone=sibling)
+        if sibling:
+            task.cdn.doubt(request.headers[SIBLING_HEADER])
         credentials = origin.credentials()
-        request.state.update(task=task, peer=peer, origin=origin, credentials=credentials, until=self._clock() + REGISTER_WAIT_S)
+        request.state.update(task=task, peer=peer, origin=origin, credentials=credentials, sibling=sibling, until=self._clock() + REGISTER_WAIT_S)
         self._swarm.prove(task, origin, credentials)
 
     def _peer_of(self, request: Request, fields: Fields) -> Peer:
@@ -6093,22 +6492,22 @@ class Supernode:
             self._swarm.admit_locked(task, peer, label, seed_only=request.headers.get("x-dfly-pattern", "") == "cdn")
         store = task.cdn.store
         length = store.layout.length if store else None
-        if not store and not task.cdn.promised_size:
-            task.cdn.promised_size = task.cdn.likely_size
-        size = store.layout.size if store else task.cdn.promised_size
+        size = store.layout.size if store else task.cdn.promise()
         data = {"taskId": task.task_id, "fileLength": -1 if length is None else length, "pieceSize": size,
                 "cdnSource": "supernode", "asSeed": False, "seedTaskID": ""}  # type: Dict[str, Any]
         if peer.native:
-            data["dfly"] = dict(self._register_extra(task), line=peer.line)
+            data["dfly"] = dict(self._register_extra(task, request.state["sibling"]), line=peer.line)
             peer.named, peer.measured = bool(task.cdn.version), length is not None
         elif store:
             self._old_client(task)
         self._log.info("register %s %s as %s (%s)", task.task_id, task.url, peer.cid, "native" if peer.native else "old")
         return Response.of_json({"code": SUCCESS, "data": data, "msg": "success"})
 
-    def _register_extra(self, task: SwarmTask) -> Dict[str, Any]:
+    def _register_extra(self, task: SwarmTask, sibling: bool) -> Dict[str, Any]:
         extra = {"version": task.cdn.version, "pieces": self._pieces.address[1] if self._pieces else 0}  # type: Dict[str, Any]
-        store = task.cdn.store
+        store, caching = task.cdn.store, task.cdn.fresh_caching()
+        if sibling and caching:
+            extra["caching"] = list(caching)
         if store and store.complete and (store.layout.length or 0) <= SMALL and store.layout.count == 1:
             import base64
             extra["content"] = base64.b64encode(b"".join(map(bytes, store.read_plain(0)))).decode()
@@ -6232,17 +6631,9 @@ class Supernode:
         query = request.query
         with self._swarm.lock:
             task = self._swarm.tasks.get(query.get("taskId", ""))
-            now = self._clock()
-            look = task and task.cdn.store and query.get("dstCid", "").startswith("cdnnode:") and now > task.rechecked_at + 3.0
-            if task and look:
-                task.rechecked_at = now
-        if task and look and task.origin:
+        if task and query.get("dstCid", "").startswith("cdnnode:"):
             try:
-                num = task.num_of(query.get("range", ""))
-                if task.cdn.refetch(num, task.origin):
-                    self._log.error("piece %d of %s was damaged on our disk", num, task.task_id)
-                    with self._swarm.lock:
-                        self._swarm.scheduler.unseeded(task.task_id, num, self._clock())
+                self._swarm.look_again(task, task.num_of(query.get("range", "")), 3.0)
             except BadRequest:
                 pass
         return Response.of_json({"code": SUCCESS, "msg": "success"})
@@ -6347,6 +6738,8 @@ class Supernode:
                     raise ValueError(num)
                 scheduler.failed(task.task_id, peer.cid, int(num), task.holder(holder), str(why)[:20], now)
                 METRICS.add("dfly_piece_failures_total", why=str(why) if why in (REFUSED, STALLED, WRONG_BYTES, GONE) else OTHER)
+                if task.holder(holder) == SEED and why not in (STALLED, GONE) and now > task.rechecked_at + LOOK_AGAIN_S:
+                    threading.Thread(target=self._swarm.look_again, args=(task, int(num), LOOK_AGAIN_S), name="dfly-look", daemon=True).start()
         except (TypeError, ValueError, OverflowError) as error:
             raise BadRequest("done, failed or have: %.80s" % error)
         scheduler.request(task.task_id, peer.cid, slots, now, queue=ahead)
@@ -6488,6 +6881,10 @@ class Supernode:
         """GET /_ping.  Wire: 4.6"""
         return Response(200, b"OK", "text/plain")
 
+    def sibling(self, _request: Request) -> Response:
+        """GET /sibling: who this is, for supernodes that have it among their peers."""
+        return Response.of_json(self._about)
+
     def version(self, _request: Request) -> Response:
         """GET /version.  Wire: 4.6"""
         return Response.of_json({"Version": VERSION, "Program": "dfly"})
@@ -6542,7 +6939,8 @@ class Supernode:
         return Response.of_metrics(METRICS.text(
             ("dfly_tasks", tasks), ("dfly_peers", peers), ("dfly_fetches", running), ("dfly_fetches_waiting", waiting),
             ("dfly_sent_bytes_total", self._pieces.sent_bytes), ("dfly_saved_bytes_total", self._squeezer.saved_bytes if self._squeezer else 0),
-            ("dfly_isolations_total", self._swarm.scheduler.isolations), ("dfly_disk_free_bytes", free_bytes(cdn.folder)), calls=self._api.requests))
+            ("dfly_isolations_total", self._swarm.scheduler.isolations), ("dfly_disk_free_bytes", cdn.free()),
+            ("dfly_memory_bytes", sum(size for _, size, _ in cdn.memory.files()) if cdn.memory else 0), calls=self._api.requests))
 
 
 # ==============================================================================
@@ -7414,6 +7812,55 @@ class Registration(NamedTuple):
     content: Optional[bytes]
     plain: bool  # cdnSource "source": pieces are ranges of the origin's file
     line: str = ""  # what stands for task and client in each sync
+    caching: Any = None  # what a supernode tells another one about that
+
+    @classmethod
+    def ask(cls, node: Node, headers: List[Tuple[str, str]], body: Dict[str, Any]) -> "Registration":
+        """Register.  Raises NetworkError, Migrate, NeedAuth, SourceError.  Wire: 1"""
+        pool = Pool(5.0, 2.0)
+        for _ in range(4):
+            try:
+                status, text = pool.ask(node.host, node.port, "POST", "/peer/registry", headers, json.dumps(body).encode())
+            finally:
+                pool.close()
+            try:
+                answer = json.loads(text.decode())
+                code = answer["code"]
+            except (ValueError, KeyError, TypeError):
+                raise Migrate("supernode %s answers %d: %.200s" % (node, status, text.decode("utf-8", "replace")))
+            if code != WAIT_AUTH:
+                break
+            time.sleep(1.0)
+        message = "supernode %s: code %s: %.300s" % (node, code, answer.get("msg") or answer.get("message") or "")
+        if code == NEED_AUTH:
+            raise NeedAuth(message)
+        if code == URL_UNREACHABLE:
+            raise with_pause(SourceError(message), answer)
+        if code != SUCCESS or not isinstance(answer.get("data"), dict):
+            raise with_pause(Migrate(message), answer)
+        return cls._read(node, answer["data"])
+
+    @classmethod
+    def _read(cls, node: Node, data: Dict[str, Any]) -> "Registration":
+        try:
+            length, size, task_id = int(data["fileLength"]), int(data["pieceSize"]), str(data["taskId"])
+        except (KeyError, TypeError, ValueError):
+            raise Migrate("supernode %s: a register answer that can't be read: %.300s" % (node, data))
+        if not WRAP < size <= 1 << 27 or not -1 <= length <= MAX_COUNT * (size - WRAP) or not re.match(r"^[\w.:~-]{1,256}$", task_id):
+            raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
+        extra = data.get("dfly") or {}
+        content = None
+        if not isinstance(extra, dict):
+            raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
+        if "content" in extra:
+            import base64
+            try:
+                content = base64.b64decode(extra["content"])
+            except (TypeError, ValueError):
+                raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
+        plain = data.get("cdnSource") == "source"
+        version = str(extra.get("version", "")) if extra or plain else UNNAMED
+        return cls(node, task_id, None if length < 0 else length, size, bool(extra), version, content, plain, str(extra.get("line", "")), extra.get("caching"))
 
 
 class SyncLine:
@@ -7736,7 +8183,7 @@ class PullLine:
 # ==============================================================================
 # 18. Downloader
 #    `get`: from a supernode and its peers, or back to source; resume, the last check,
-#    progress and the last lines.
+#    progress and the last lines.  And a supernode as the client of another one.
 # ==============================================================================
 
 def show_shares(sources: Dict[str, int]) -> str:
@@ -8000,29 +8447,13 @@ class Download:
         headers = [("Content-Type", "application/json"), ("User-Agent", "dfly/" + VERSION), (DFLY_HEADER, "1 " + options.location)]
         if options.pattern == "cdn":
             headers.append(("X-Dfly-Pattern", "cdn"))
-        pool = Pool(5.0, 2.0)
-        for _ in range(4):
-            try:
-                status, text = pool.ask(node.host, node.port, "POST", "/peer/registry", headers, json.dumps(body).encode())
-            finally:
-                pool.close()
-            try:
-                answer = json.loads(text.decode())
-                code = answer["code"]
-            except (ValueError, KeyError, TypeError):
-                raise Migrate("supernode %s answers %d: %.200s" % (node, status, text.decode("utf-8", "replace")))
-            if code != WAIT_AUTH:
-                break
-            time.sleep(1.0)
-        message = "supernode %s: code %s: %.300s" % (node, code, answer.get("msg") or answer.get("message") or "")
-        if code == NEED_AUTH:
-            raise NeedAuth(message)
-        if code == URL_UNREACHABLE:
+        try:
+            return Registration.ask(node, headers, body)
+        except NeedAuth:
+            raise
+        except SourceError:
             self.reason = REASON_REGISTER
-            raise with_pause(SourceError(message), answer)
-        if code != SUCCESS or not isinstance(answer.get("data"), dict):
-            raise with_pause(Migrate(message), answer)
-        return self._registration(node, answer["data"])
+            raise
 
     def _root_cas(self) -> List[str]:
         import base64
@@ -8034,27 +8465,6 @@ class Download:
             except OSError as error:
                 raise BadUsage("--cacerts %s: %s" % (path, error.strerror))
         return texts
-
-    def _registration(self, node: Node, data: Dict[str, Any]) -> Registration:
-        try:
-            length, size, task_id = int(data["fileLength"]), int(data["pieceSize"]), str(data["taskId"])
-        except (KeyError, TypeError, ValueError):
-            raise Migrate("supernode %s: a register answer that can't be read: %.300s" % (node, data))
-        if not WRAP < size <= 1 << 27 or not -1 <= length <= MAX_COUNT * (size - WRAP) or not re.match(r"^[\w.:~-]{1,256}$", task_id):
-            raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
-        extra = data.get("dfly") or {}
-        content = None
-        if not isinstance(extra, dict):
-            raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
-        if "content" in extra:
-            import base64
-            try:
-                content = base64.b64decode(extra["content"])
-            except (TypeError, ValueError):
-                raise Migrate("supernode %s: a register answer that makes no sense: %.300s" % (node, data))
-        plain = data.get("cdnSource") == "source"
-        version = str(extra.get("version", "")) if extra or plain else UNNAMED
-        return Registration(node, task_id, None if length < 0 else length, size, bool(extra), version, content, plain, str(extra.get("line", "")))
 
     def _swarm(self, registration: Registration) -> None:
         """Fetch what is missing through one supernode; publish when all is right."""
@@ -8147,7 +8557,7 @@ class Download:
 
     def _open_store(self, length: Optional[int], size: int, version: str) -> None:
         """Go on with what an earlier run or another supernode has left, or begin anew.  Raises NoSpace, CannotWrite."""
-        about = {"task": self.task_id, "url": self.task_url, "version": version}
+        about = {"task": self.task_id, "url": without_secrets(self.task_url), "version": version}
         if self.store and self._fits(self.store, length, size, version):
             return
         if self.store:
@@ -8322,6 +8732,204 @@ class Download:
 
     def _length(self) -> int:
         return self.store.layout.length or 0 if self.store else 0
+
+
+class Siblings:
+    """The other supernodes of a region, so that one fetch from far away serves all of it.
+
+    Each says who it is (GET /sibling).  By that all of them find the same one responsible for a task, as clients do, and the others
+    register with that one: they take part in its swarm, receive pieces and offer them.  Asked by a sibling, a supernode asks
+    none itself.  _changed guards _seen.
+    """
+
+    LOOK_S = 5.0  # between two looks at one that is there,
+    AGAIN_S = 1.0  # and at one that is not
+    WAIT_S = 1.0  # for its answer
+
+    def __init__(self, nodes: List[Node], about: Dict[str, Any], port: int, label: str, bucket: TokenBucket, turns: Turns, log: Log,
+                 compress: bool) -> None:
+        self._log, self.turns = log, turns
+        self.about = about  # who this one is, as the others are told: node (host:port), weight, instance
+        self._port = port  # of our pieces
+        self._label = label  # site/rack
+        self._bucket, self._compress = bucket, compress
+        self._changed = threading.Condition()
+        self._seen = {}  # type: Dict[Node, Optional[Node]]  # those that were looked at, and as which each knows itself; None: not there
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=self._watch, args=(node,), name="dfly-sibling-%d" % i, daemon=True)
+                         for i, node in enumerate(dict.fromkeys(nodes))]
+
+    def start(self) -> None:
+        """Begin to look who is there."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End that."""
+        self._ended.set()
+
+    def _watch(self, node: Node) -> None:
+        """The life of a thread that looks after one sibling, unless that turns out to be this one."""
+        while not self._ended.is_set():
+            found = self._look(node)
+            own = found is not None and str(found) == self.about["node"]
+            self._note(node, None if own else found)
+            if own:
+                return
+            self._ended.wait(self.LOOK_S if found else self.AGAIN_S)
+
+    def _look(self, node: Node) -> Optional[Node]:
+        """Return as which a sibling knows itself; None when it is not there."""
+        pool = Pool(self.WAIT_S, self.WAIT_S)
+        try:
+            status, text = pool.ask(node.host, node.port, "GET", "/sibling")
+            about = json.loads(text.decode())
+            own = about["instance"] == self.about["instance"]
+            found = Node(*split_host(about["node"], SUPERNODE_PORT), weight=min(max(1, int(about["weight"])), 9999))
+        except (NetworkError, BadUsage, ValueError, KeyError, TypeError):
+            return None
+        finally:
+            pool.close()
+        if str(found) == self.about["node"] and not own:
+            self._log.warn("sibling %s says that it is %s, as this one does: not asked (advertise-ip)", node, found)
+        return found
+
+    def _note(self, node: Node, found: Optional[Node]) -> None:
+        with self._changed:
+            if node not in self._seen or self._seen[node] != found:
+                self._log.info("sibling %s is %s", node, found or "not there, or this one")
+            self._seen[node] = found
+            self._changed.notify_all()
+
+    def first(self, task_url: str) -> Optional[Node]:
+        """Return where the sibling is that is responsible for a task; None where this supernode is."""
+        own = Node(*split_host(self.about["node"], SUPERNODE_PORT), weight=self.about["weight"])
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._seen) == len(self._threads), 2 * self.WAIT_S + 1.0)  # at the very beginning
+            places = {found: node for node, found in self._seen.items() if found}
+        return places.get(order_nodes([own] + list(places), task_url)[0])
+
+    def enter(self, node: Node, task: CdnTask, origin: Origin, version: str, stopped: Callable[[], bool]) -> "SiblingSource":
+        """Register for a task with a sibling.  Raises NetworkError, Migrate, SourceError where it has it not, or not this version."""
+        deadline = time.monotonic() + Origin.TIMEOUT_S
+        try:
+            ip, reach = addresses_to(node.host, node.port, 2.0)
+            cid = "%s-supernode-%s-%.3f" % (ip, self.about["instance"][:8], time.time())  # Wire: 2.3 (25 characters at least)
+            headers, body = self._register(task, origin, version, ip, reach, cid)
+            while True:
+                registration = Registration.ask(node, headers, body)
+                if registration.version or stopped() or time.monotonic() > deadline:
+                    break  # else its origin has not answered yet
+        except NetworkError:
+            self._note(node, None)
+            raise
+        if not registration.native or not registration.version or (version and not same_version(version, registration.version)):
+            raise Migrate("sibling %s has another version, or none" % str(node))
+        return SiblingSource(registration, cid, self._bucket, self._log, self._compress)
+
+    def _register(self, task: CdnTask, origin: Origin, version: str, ip: str, reach: str, cid: str) -> Tuple[List[Tuple[str, str]], Dict[str, Any]]:
+        """Return headers and body of a register that shows the origin's credentials as its client would.  Wire: 1.2"""
+        import base64
+        task_url, md5, identifier = task.names
+        headers = [("Content-Type", "application/json"), ("User-Agent", "dfly/" + VERSION), (DFLY_HEADER, "1 " + self._label),
+                   (SIBLING_HEADER, re.sub("[^ -~\xa0-\xff]", "", version))]
+        body = {"superNodeIp": reach, "rawUrl": origin.url, "taskUrl": task_url, "cid": cid, "ip": ip, "hostName": socket.gethostname(), "port": self._port,
+                "path": task.piece_path, "version": VERSION, "callSystem": "supernode", "md5": md5, "identifier": identifier,
+                "headers": ["%s: %s" % pair for pair in origin.headers.items()], "insecure": origin.insecure,
+                "rootCAs": [base64.b64encode(text.encode()).decode() for text in origin.cacerts]}  # type: Dict[str, Any]
+        return headers, {name: value for name, value in body.items() if value}
+
+
+class SiblingSource(Sibling):
+    """A sibling that has taken us in."""
+
+    def __init__(self, registration: Registration, cid: str, bucket: TokenBucket, log: Log, compress: bool) -> None:
+        self._registration, self._cid = registration, cid
+        self._bucket, self._log, self._compress = bucket, log, compress
+        self.version, self.length, self.piece_size = registration.version, registration.length, registration.piece_size
+        self.caching = self._caching(registration.caching)
+
+    @staticmethod
+    def _caching(said: Any) -> Optional[Caching]:
+        try:
+            lifetime, explicit, keep, must = said
+            return Caching(min(max(0.0, float(lifetime)), 1e9), bool(explicit), bool(keep), bool(must))
+        except (TypeError, ValueError):
+            return None
+
+    def fill(self, store: TaskFile, on_piece: Callable[[int, int], None], on_length: Callable[[], None], stopped: Callable[[], bool]) -> None:
+        """Take part in its swarm until every piece is here.  Raises NetworkError, Migrate, Stalled, NoSpace, CannotWrite."""
+        content = b"" if self.length == 0 else self._registration.content
+        if content is not None:
+            self._small(store, content, on_piece)
+            return
+        fetchers = Fetchers(store, self._bucket, [], FETCHERS, self._log, self._compress)
+        line = SyncLine(self._registration, self._cid, fetchers, store)
+        measured, silence = store.layout.length, Silence(self._registration.node)
+        try:
+            while not store.complete:
+                if stopped():
+                    raise Stalled("stopped")
+                outcomes = fetchers.drain()
+                if store.layout.length != measured:
+                    measured = store.layout.length
+                    on_length()
+                self._tell(outcomes, on_piece)
+                silence.check(fetchers.received)
+                line.step(outcomes, 0.5)
+            if store.layout.length != measured:
+                on_length()
+            self._tell(list(fetchers.outcomes), on_piece)
+        finally:
+            line.close()
+            fetchers.stop()
+
+    @staticmethod
+    def _tell(outcomes: List[Outcome], on_piece: Callable[[int, int], None]) -> None:
+        """Announce the pieces that have come.  Raises NoSpace, CannotWrite where they can't be written."""
+        for outcome in outcomes:
+            if isinstance(outcome.error, (NoSpace, CannotWrite)):
+                raise outcome.error
+            if not outcome.error and outcome.length:
+                on_piece(outcome.order.num, outcome.length)
+
+    @staticmethod
+    def _small(store: TaskFile, content: bytes, on_piece: Callable[[int, int], None]) -> None:
+        """Take a file that came inside the register answer."""
+        if store.layout.count != 1 or len(content) != store.layout.length:
+            raise Migrate("the file in the register answer has %d bytes" % len(content))
+        digest = PieceDigest()
+        digest.update(content)
+        store.write(0, content)
+        store.seal_piece(0, digest.seal())
+        on_piece(0, len(content))
+
+
+class Silence:
+    """How long nothing has come through a supernode, and whether it is there at all meanwhile."""
+
+    SILENCE_S = 3.0  # without a byte, before it is asked that,
+    MOST_S = Origin.TIMEOUT_S  # and before it does not matter: its origin may be as silent
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._received, self._since, self._asked_at = -1, 0.0, 0.0
+
+    def check(self, received: int) -> None:
+        """Note how many bytes have come.  Raises NetworkError, Stalled when no more are to be expected."""
+        now = time.monotonic()
+        if received != self._received:
+            self._received, self._since = received, now
+        if now < max(self._since, self._asked_at) + self.SILENCE_S:
+            return
+        if now > self._since + self.MOST_S:
+            raise Stalled("supernode %s: not a byte within %g s" % (str(self._node), self.MOST_S))
+        pool = Pool(1.0, 1.0)
+        try:
+            pool.ask(self._node.host, self._node.port, "GET", "/_ping")
+        finally:
+            pool.close()
+        self._asked_at = time.monotonic()
 
 
 # ==============================================================================
@@ -10583,6 +11191,8 @@ def supernode_parser() -> Any:
     _flag(parser, "--fetches", type=_positive, default=32, metavar="N", help="fetches from origins at once (32)")
     _flag(parser, "--origin-fetches", type=_positive, default=8, metavar="N", help="... from one of them (8)")
     _compress_flag(parser)
+    _flag(parser, "--memory-cache", type=parse_size, default=0, metavar="SIZE", help="of this much memory a part of the cache is made, above the disk (0)")
+    _flag(parser, "--memory-folder", default="", metavar="FOLDER", help="the folder of a memory file system for it (one on /dev/shm)")
     _flag(parser, "--disk-reserve", type=parse_size, default=0, metavar="SIZE", help="free space that the cache leaves (0)")
     _flag(parser, "--capacity", type=parse_size, default=0, metavar="SIZE", help="what all cached files may take (no limit)")
     _flag(parser, "--cache-expire-time", type=parse_duration, default=0.0, metavar="TIME", help="a cached file goes so long after its last use (never)")
@@ -10591,8 +11201,10 @@ def supernode_parser() -> Any:
     _flag(parser, "--full-gc-threshold", type=parse_size, default=None, metavar="SIZE",
           help="with less free space, all go that are not in use (5G, or a twentieth of a smaller disk)")
     _flag(parser, "--config-service", type=parse_service, default="", metavar="HOST[:PORT]", help="whom to tell that it is here (nobody)")
-    _flag(parser, "--location", type=_label, default="", metavar="SITE/RACK", help="where this host is, for the Config Service")
-    _flag(parser, "--weight", type=_weight, default=1, metavar="N", help="its share of the URLs, for the Config Service (1)")
+    _flag(parser, "--peers", type=parse_nodes, default="", metavar="HOST[:PORT],…",
+          help="other supernodes near this one (itself may be among them): one of them asks an origin, the others ask that one (none)")
+    _flag(parser, "--location", type=_label, default="", metavar="SITE/RACK", help="where this host is, for the Config Service and for siblings")
+    _flag(parser, "--weight", type=_weight, default=1, metavar="N", help="its share of the URLs, for the Config Service and among siblings (1)")
     for name in ("--peer-gc-delay", "--gc-initial-delay", "--gc-meta-interval", "--gc-disk-interval"):
         _flag(parser, name, default="", metavar="X", help="accepted for compatibility")
     _flag(parser, "--cdn-pattern", choices=("local", "cdn"), default="local", help="accepted for compatibility")
@@ -10649,6 +11261,21 @@ def _disk_rules(options: Any) -> DiskRules:
                      min(100 << 30, whole // 4) if young is None else young, min(5 << 30, whole // 20) if full is None else full)
 
 
+def _memory_shelf(options: Any) -> Optional[MemoryShelf]:
+    """Return the part of the cache that lies in memory, None where there is to be none; then what an earlier run had there goes."""
+    name = "dfly-%d-%s" % (os.getuid(), hashlib.sha256(os.path.abspath(options.home).encode("utf-8", "surrogateescape")).hexdigest()[:16])
+    folder = options.memory_folder or os.path.join("/dev/shm", name)
+    if not options.memory_cache:
+        if not options.memory_folder and os.path.isdir(folder) and os.lstat(folder).st_uid == os.getuid():
+            import shutil
+            shutil.rmtree(folder, ignore_errors=True)
+        return None
+    make_folder(folder, 0o700)
+    if os.lstat(folder).st_uid != os.getuid() or os.path.islink(folder):
+        raise CannotWrite("%s belongs to somebody else" % folder)
+    return MemoryShelf(os.path.join(folder, "download"), options.memory_cache)
+
+
 def run_supernode(arguments: List[str]) -> int:
     """`supernode`: serve until a signal comes."""
     options = _parse(supernode_parser(), "supernode", arguments)
@@ -10659,15 +11286,20 @@ def run_supernode(arguments: List[str]) -> int:
     if not lock.acquire(2.0):
         raise CannotWrite("%s: another supernode uses this home" % options.home)
     rate = max(1, options.max_bandwidth - options.system_bandwidth) if options.max_bandwidth else 0
-    cdn = Cdn(options.home, log, TokenBucket(rate), options.fail_access_interval, _disk_rules(options), Turns(options.fetches, options.origin_fetches))
+    cdn = Cdn(options.home, log, TokenBucket(rate), options.fail_access_interval, _disk_rules(options), Turns(options.fetches, options.origin_fetches),
+              memory=_memory_shelf(options))
     scheduler = Scheduler(up_slots=options.up_limit, seed_slots=options.seed_limit)
     ip = options.advertise_ip or first_address()
     swarm = Swarm(ip, log, scheduler, cdn, options.task_expire_time, time.monotonic)
     fence = Fence(options.allow_origins, options.deny_origins)
     preheats = Preheats(swarm, fence, log, options.registry_auth)
-    supernode = Supernode(swarm, preheats, ip, log, fence, options.trusted_peers, options.down_limit,
-                          squeezer=Squeezer(64 << 20) if options.compress != "off" else None)
     api_sock, piece_sock = listen(options.bind, options.port), listen(options.bind, options.download_port)
+    sibling = {"node": join_host(ip, api_sock.getsockname()[1]), "weight": options.weight, "instance": os.urandom(16).hex()}
+    if options.peers:
+        cdn.siblings = Siblings(options.peers, sibling, piece_sock.getsockname()[1], options.location, cdn.bucket,
+                                 Turns(options.fetches, options.fetches), log, options.compress != "off")
+    supernode = Supernode(swarm, preheats, ip, log, fence, options.trusted_peers, options.down_limit,
+                          squeezer=Squeezer(64 << 20) if options.compress != "off" else None, about=sibling)
     api = Server(api_sock, Supernode.ROUTES, supernode, log, "api")
     pieces = Server(piece_sock, Supernode.PIECE_ROUTES, supernode, log, "pieces", TokenBucket(rate))
     about = {"ip": ip, "port": api.address[1], "label": options.location, "weight": options.weight, "version": VERSION}
@@ -10677,12 +11309,16 @@ def run_supernode(arguments: List[str]) -> int:
     warm_up()
     if announcer:
         announcer.start()
+    if cdn.siblings:
+        cdn.siblings.start()
     log.info("supernode %s on %s, %s", VERSION, join_host(ip, api.address[1]), accelerator())
     print("supernode listening on %s pieces on %s" % (join_host(ip, api.address[1]), join_host(ip, pieces.address[1])), flush=True)
     while not ended.wait(0.5):  # a signal that comes just before the wait would else be seen after it
         pass
     if announcer:
         announcer.stop()
+    if cdn.siblings:
+        cdn.siblings.stop()
     supernode.stop()
     lock.release()
     log.info("supernode ends")

@@ -105,6 +105,19 @@ def test_a_supernode_with_a_full_disk_sends_hosts_to_the_origin(origin, supernod
     assert result.reason in (1, 3) and result.seconds < 30, result.out
 
 
+def test_a_slow_origin_holds_up_nobody_else_s(world, supernode, host, blob):
+    node = supernode("--fetches", "4", "--origin-fetches", "2")
+    slow, other = world.origin("127.0.0.1"), world.origin("127.0.0.1")
+    waiting = [host().start(slow.put("s%d" % number, blob(MB, number), stall_after=1000), "-p", "cdn") for number in range(4)]
+    wait_for(lambda: node.metrics()["dfly_fetches_waiting"] == 2, 20)
+    assert node.metrics()["dfly_fetches"] == 2 and len(slow.log) == 2
+    assert host().get(other.put("f", blob(MB)), "--notbs", check=blob(MB)).seconds < 5
+    for number in range(4):
+        slow.release("s%d" % number)
+    for number, command in enumerate(waiting):
+        assert command.wait().data == blob(MB, number)
+
+
 def test_time_that_runs_out_ends_in_a_named_stall(origin, supernode, host, blob):
     supernode()
     url = origin.put("f", blob(4 * MB), stall_after=2 * MB)

@@ -1,6 +1,7 @@
 """What origins do: chunked, rangeless, gzipped, redirecting, guarded, broken, slow and far."""
 import base64
 import email.utils
+import os
 import socket
 import time
 
@@ -55,6 +56,27 @@ def test_a_user_and_password_in_the_url_are_shown_to_the_origin(origin, supernod
     data = blob(SIZE)
     url = origin.put("f", data, auth="Basic " + base64.b64encode(b"me:p@ss").decode())
     host().get(url.replace("://", "://me:p%40ss@"), "-p", pattern, check=data)
+
+
+def test_no_credentials_are_kept_on_a_disk_whatever_becomes_of_the_download(origin, supernode, host, blob):
+    node, here = supernode(), host()
+    url = origin.put("f", blob(MB), auth="Basic bWU6cGEzM3cwcmQ=")
+    origin.put("gone", status=404)
+    query = "?X-Amz-Credential=AKpa33w0rd&X-Amz-Signature=pa33w0rd&token=pa33w0rd&v=1"
+    here.get(url.replace("://", "://me:pa33w0rd@") + query, "--notbs", check=blob(MB))
+    here.get(url, "--header", "Authorization: Basic bWU6cGEzM3cwcmQ=", out="second", check=blob(MB))
+    bad(here.get(url.replace("://", "://you:pa33w0rd@"), "--notbs", out="third"), 6)
+    bad(here.get(origin.base.replace("://", "://me:pa33w0rd@") + "gone" + query, out="fourth"))
+    old = node.ask("POST", "/task/metrics", {"taskId": "x", "url": url.replace("://", "://me:pa33w0rd@")})
+    assert old.status == 200
+    for top in (node.home, here.home):
+        for folder, _, names in os.walk(top):
+            for name in names:
+                if not name.endswith(".sock"):
+                    with open(os.path.join(folder, name), "rb") as file:
+                        data = file.read()
+                    assert b"pa33w0rd" not in data and b"cGEzM3cwcmQ" not in data, (name, data[-2000:])
+    assert any("v=1" in line for line in open(os.path.join(node.home, "logs", "app.log"))), "the rest of the URL is still there"
 
 
 @pytest.mark.parametrize("pattern", ["p2p", "source"])

@@ -71,9 +71,9 @@ class Registry(Command):
 class Image:
     """An image, each of whose layers has one file of these bytes, as a folder of skopeo's."""
 
-    def __init__(self, world, *layers):
+    def __init__(self, world, *layers, folder="image"):
         self.world = world
-        self.folder = os.path.join(world.root, "image")
+        self.folder = os.path.join(world.root, folder)
         os.makedirs(self.folder)
         self.blobs = {}
         archives = [self._archive("file%d" % number, data) for number, data in enumerate(layers)]

@@ -4,7 +4,7 @@ import urllib.request
 
 import pytest
 from real.registries import Image, Registry, TokenServer
-from world import MB, bad, wait_for
+from world import MB, ask, bad, sha256, wait_for
 
 
 def known(node):
@@ -65,3 +65,24 @@ def test_a_registry_with_tokens(world, supernode, host, blob):
         assert registry.blobs_sent() == {digest: 1 for digest in image.blobs}
     finally:
         tokens.close()
+
+
+def test_an_index_brings_the_images_of_all_platforms(world, supernode, host, blob):
+    node, registry = supernode(), Registry(world)
+    images = [Image(world, blob(3 * MB, platform), folder=platform) for platform in ("amd64", "arm64")]
+    parts = []
+    for image, platform in zip(images, ("amd64", "arm64")):
+        image.push(registry.port, name="team/app:" + platform)
+        with open(image.folder + "/manifest.json", "rb") as file:
+            manifest = file.read()
+        parts.append({"mediaType": json.loads(manifest.decode())["mediaType"], "size": len(manifest), "digest": "sha256:" + sha256(manifest),
+                      "platform": {"architecture": platform, "os": "linux"}})
+    kind = "application/vnd.docker.distribution.manifest.list.v2+json"
+    said = ask(("127.0.0.1", registry.port), "PUT", "/v2/team/app/manifests/1", json.dumps({"schemaVersion": 2, "mediaType": kind, "manifests": parts}),
+               {"Content-Type": kind})
+    assert said.status == 201, said
+    url = registry.url + "/v2/team/app/manifests/1"
+    number = node.ask("POST", "/preheats", {"type": "image", "url": url, "headers": {"X-Why": "test"}}).json["ID"]
+    wait_for(lambda: node.ask("GET", "/preheats/" + number).json["status"] == "SUCCESS", 30, node.ask("GET", "/preheats/" + number).body)
+    assert registry.blobs_sent() == {digest: 1 for image in images for digest in image.blobs}
+    assert node.ask("DELETE", "/preheats/" + number).status == 200 and node.ask("GET", "/preheats/" + number).status == 404

@@ -144,3 +144,29 @@ def test_metrics_are_as_prometheus_reads_them():
         "dfly_scheduler_seconds_count 1", "dfly_scheduler_seconds_sum 0.250000",
         "# HELP dfly_gc_bytes_total Bytes removed from the cache, by why.", "# TYPE dfly_gc_bytes_total counter",
         'dfly_gc_bytes_total{why="a\\"b\\\\c\\n"} 10']
+
+
+def test_memory_takes_what_fits_and_counts_each_file_once(tmp_path):
+    shelf = dfly.MemoryShelf(str(tmp_path / "shelf"), 1000 << 10)
+    assert shelf.take(600 << 10, "a" * 64)
+    assert not shelf.take(600 << 10, "b" * 64)
+    path = dfly.path_of_task(shelf.folder, "a" * 64)
+    os.makedirs(os.path.dirname(path))
+    with open(path, "wb") as file:
+        file.write(b"x" * (600 << 10))
+    assert shelf.take(300 << 10, "b" * 64) and not shelf.take(100 << 10, "c" * 64)
+    shelf.ended("b" * 64)
+    assert shelf.take(900 << 10, "a" * 64), "what it has itself counts"
+    shelf.ended("a" * 64)
+    assert shelf.excess() < 0
+    with open(path, "ab") as file:
+        file.write(b"x" * (200 << 10))
+    assert 0 < shelf.excess() <= 64 << 10
+
+
+def test_room_is_kept_without_a_change_of_the_file(tmp_path):
+    store = dfly.TaskFile.create(str(tmp_path / "f"), str(tmp_path / "f.journal"), {}, 5 << 20, 1 << 20)
+    if store.reserve():
+        stat = os.stat(str(tmp_path / "f"))
+        assert stat.st_size == 0 and stat.st_blocks * 512 >= 5 << 20
+    store.close()
