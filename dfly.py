@@ -9356,13 +9356,11 @@ class Daemon:
         if registry:
             headers = [(name, self._back_to_us(value, registry) if name.lower() == "location" else value) for name, value in headers]
         caller.answer(answer.status, answer.reason, headers, int(length) if _NUMBER.match(length) and answer.status not in (204, 304) else None)
-        manifest = answer.status == 200 and not head and (answer.length or MANIFEST) < MANIFEST and _MANIFEST.search(answer.getheader("Content-Type", ""))
-        seen = b""
-        for data in self._body(url, answer):
+        body = self._body(url, answer)
+        if answer.status == 200 and not head and _MANIFEST.search(answer.getheader("Content-Type", "")):
+            body = self._learning(body, answer.getheader("Content-Encoding", ""))
+        for data in body:
             caller.send(data)
-            seen += data if manifest else b""
-        if manifest:
-            self._learn_sizes(seen)
         caller.end()
 
     @staticmethod
@@ -9391,13 +9389,27 @@ class Daemon:
             yield data
         answer.close()  # it has been read to its end: the connection may be used again
 
-    def _learn_sizes(self, manifest: bytes) -> None:
+    def _learning(self, body: Iterator[Any], coding: str) -> Iterator[Any]:
+        """Yield a manifest's body as it comes, its last bytes when its sizes have been noted: an engine acts on them at once."""
+        seen, held = b"", b""
+        for data in body:
+            if held:
+                yield held
+            held = data
+            seen += data if len(seen) <= MANIFEST else b""
+        if len(seen) <= MANIFEST:
+            self._learn_sizes(seen, coding)
+        if held:
+            yield held
+
+    def _learn_sizes(self, manifest: bytes, coding: str) -> None:
         """Note how large the blobs of a manifest are."""
         try:
-            known = json.loads(manifest.decode())
+            text = zlib.decompressobj(47).decompress(manifest, MANIFEST) if coding in ("gzip", "deflate") else manifest
+            known = json.loads(text.decode())
             parts = [known["config"]] + known["layers"]
             sizes = {str(part["digest"]).partition("sha256:")[2]: int(part["size"]) for part in parts}
-        except (ValueError, KeyError, TypeError):  # an index of manifests, or an old form
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, zlib.error):  # an index of manifests, an old form, or nonsense
             return
         with self._lock:
             self._sizes.update(sizes)
