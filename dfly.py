@@ -73,7 +73,7 @@ import threading
 import time
 import zlib
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 VERSION = "0.1.0"
 
@@ -9055,6 +9055,91 @@ class Blobs:
 #    from where it is asked of.
 # ==============================================================================
 
+class Reception:
+    """Where engines learn whom to show their credentials, when the daemon is the mirror of several registries.
+
+    They ask `/v2/` first, which says nothing of the registry that they mean: the answer sends them to us for a token.  There they
+    name the repository, and with it the registry, whose own token they get.  To a registry that wants a password, or nothing at
+    all, a token of ours stands for that, and is never shown: it exists in the engine only.
+    """
+
+    PATH, SERVICE = "/_dfly/token", "dfly"
+    NOTHING, PASSWORD = "dfly-nothing", "dfly-password."  # tokens of ours; before the password, as Basic has it
+
+    def __init__(self, registries: List[Registry], upstream: Upstream, fetch_token: Callable[[str, List[Tuple[str, str]]], Any]) -> None:
+        self._registries, self._upstream, self._fetch_token = registries, upstream, fetch_token
+
+    def receives(self, caller: Caller, target: str) -> bool:
+        """Answer what is for us; return whether it was.  In what goes on turn a token of ours into what it stands for."""
+        path, _, query = target.partition("?")
+        headers = caller.request.headers
+        if path == self.PATH and caller.request.method == "GET":
+            self._give(caller, parse_qsl(query), headers.get("authorization", ""))
+        elif path in ("/v2", "/v2/") and caller.request.method in ("GET", "HEAD"):
+            self._greet(caller)
+        else:
+            token = headers.get("authorization", "").partition(" ")[2]
+            if token == self.NOTHING:
+                del headers["authorization"]
+            elif token.startswith(self.PASSWORD):
+                headers["authorization"] = "Basic " + token[len(self.PASSWORD):]
+            return False
+        return True
+
+    def _greet(self, caller: Caller) -> None:
+        """Answer an engine's first question: it shall fetch a token."""
+        headers = [("Content-Type", "application/json"), ("Docker-Distribution-Api-Version", "registry/2.0")]
+        host, known = caller.request.headers.get("host", ""), "authorization" in caller.request.headers
+        if not re.match(r"^[\w.:\[\]-]+$", host, re.ASCII):
+            raise BadRequest("not a Host: %.100r" % host)
+        if not known:
+            headers.append(("WWW-Authenticate", 'Bearer realm="http://%s%s",service="%s"' % (host, self.PATH, self.SERVICE)))
+        body = b"{}" if known else b'{"errors": [{"code": "UNAUTHORIZED", "message": "authentication required"}]}'
+        caller.answer(200 if known else 401, "", headers, len(body))
+        caller.send(b"" if caller.request.method == "HEAD" else body)
+
+    def _give(self, caller: Caller, query: List[Tuple[str, str]], shown: str) -> None:
+        """Answer a request for a token with that of the registry that it means.  Raises BadGateway."""
+        registry, scopes = self._meant([scope for name, value in query if name == "scope" for scope in value.split()])
+        wanted, said = self._wish(registry) if scopes else ("", {})  # a login names no repository: nothing to show yet
+        if wanted == "bearer":
+            asked = [("service", said["service"])] * ("service" in said) + [("scope", scope) for scope in scopes]
+            asked += [pair for pair in query if pair[0] in ("account", "client_id")]
+            realm = said.get("realm", "")
+            answer = self._fetch_token(realm + ("&" if "?" in realm else "?") + urlencode(asked), [("authorization", shown)] if shown else [])
+            if not answer:
+                raise BadGateway("%.200s: gives no token" % realm)
+            status, reason, headers, body = answer
+        else:
+            kind, _, password = shown.partition(" ")
+            token = self.PASSWORD + password.strip() if wanted == "basic" and kind.lower() == "basic" else self.NOTHING
+            status, reason, headers = 200, "", [("Content-Type", "application/json")]
+            body = _to_json({"token": token, "access_token": token, "expires_in": 300}).encode()
+        caller.answer(status, reason, headers, len(body))
+        caller.send(body)
+
+    def _meant(self, scopes: List[str]) -> Tuple[Registry, List[str]]:
+        """Return the registry that the first of these scopes means, and those of them that are of it, as it names them itself."""
+        found = []  # type: List[Tuple[Registry, str]]
+        for scope in scopes:
+            kind, _, rest = scope.partition(":")
+            name, slash, repository = rest.partition("/")
+            registry = next((registry for registry in self._registries[1:] if slash and registry.name == name), self._registries[0])
+            found.append((registry, "%s:%s" % (kind, repository) if registry.name else scope))
+        meant = found[0][0] if found else self._registries[0]
+        return meant, [scope for registry, scope in found if registry is meant]
+
+    def _wish(self, registry: Registry) -> Tuple[str, Dict[str, str]]:
+        """Return by what scheme ("": none) a registry wants to know who asks, and what else it says of that.  Raises BadGateway."""
+        url = registry.url + "/v2/"
+        connection, answer = self._upstream.ask("GET", url, [])
+        answer.read(65536)
+        self._upstream.done(url, connection, answer)
+        challenge = answer.getheader("WWW-Authenticate", "") if answer.status == 401 else ""
+        scheme, _, rest = challenge.strip().partition(" ")
+        return scheme.lower(), dict(re.findall(r'(\w+)="([^"]*)"', rest))
+
+
 class Daemon:
     """Decides what becomes of a request: a blob by the swarm, all else straight to its origin, or a tunnel.  Wire: 11"""
 
@@ -9066,6 +9151,7 @@ class Daemon:
         Route("GET", "/metrics", "metrics"),
     )
     COUNTED = ("blobs", "blob_bytes", "fallbacks", "relayed", "tunnels", "opened")
+    REST_PAUSES_S = (0.25, 0.5, 1.0, 2.0)  # before a registry that has sent nothing is asked once more for the rest of a blob
 
     def __init__(self, registries: List[Registry], rules: List[Rule], selected: List[Any], opened: List[Opened], authority: Optional[Authority],
                  small: int, upstream: Upstream, blobs: Blobs, log: Log, settings: Dict[str, Any]) -> None:
@@ -9078,6 +9164,7 @@ class Daemon:
         self._settings = settings
         self.port = 0
         self._tokens = Once()
+        self._reception = Reception(registries, upstream, self._fetch_token)
         self._lock = threading.Lock()
         self._counts = collections.Counter()  # type: Dict[str, int]
         self._sizes = collections.OrderedDict()  # type: Dict[str, int]  # bytes of blobs, by digest, as manifests have them
@@ -9120,6 +9207,8 @@ class Daemon:
         """A path: it is a registry's.  Wire: 11.1"""
         named = re.search(r"[?&]ns=([^&]*)", target)  # containerd says whose mirror it takes us for
         inside = re.match(r"^/v2/([^/?]+)/", target)  # podman is told to say it so
+        if not named and len(self._registries) > 1 and self._reception.receives(caller, target):
+            return
         if inside and not named and any(registry.name == inside.group(1) for registry in self._registries[1:]):
             registry, target = self._registry(inside.group(1)), "/v2/" + target[inside.end():]
         else:
@@ -9240,7 +9329,7 @@ class Daemon:
     def _send_rest(self, caller: Caller, blob: Blob, url: str, passed: List[Tuple[str, str]], where: Tuple[int, int, int]) -> None:
         """Send what is still missing of a blob, of which bytes [0, at) are in `fd`, straight from its origin; its end only if it is right.
 
-        Raises BadGateway, WrongBytes, CannotRead.
+        Raises BadGateway, NetworkError, SourceError, WrongBytes, CannotRead.
         """
         fd, at, length = where
         self._count("fallbacks")
@@ -9251,22 +9340,40 @@ class Daemon:
                 raise CannotRead("%s: the file is shorter than it was" % blob.name)
             digest.update(data)
             done += len(data)
-        url, connection, answer = self._ask("GET", url, passed + [("range", "bytes=%d-" % at)], None, 0, follow=True)
-        try:
-            if answer.status != 206 or answer.getheader("Content-Range", "") != "bytes %d-%d/%d" % (at, length - 1, length):
-                raise BadGateway("%s answers %d to a range" % (blob.name, answer.status))
-            held = b""
-            for data in self._body(url, answer):
-                digest.update(data)
-                held += data
-                caller.send(held[:-blob.HELD])
-                self._count("blob_bytes", max(0, len(held) - blob.HELD))
-                held = held[-blob.HELD:]
-            if digest.hexdigest() != blob.digest:
-                raise WrongBytes(blob.name, blob.digest, digest.hexdigest())
-            caller.send(held)
-        finally:
-            self._upstream.done(url, connection, answer)
+        held = b""
+        for data in self._rest(url, passed, at, length, blob.name):
+            digest.update(data)
+            held += data
+            caller.send(held[:-blob.HELD])
+            self._count("blob_bytes", max(0, len(held) - blob.HELD))
+            held = held[-blob.HELD:]
+        if digest.hexdigest() != blob.digest:
+            raise WrongBytes(blob.name, blob.digest, digest.hexdigest())
+        caller.send(held)
+        self._count("blob_bytes", len(held))
+
+    def _rest(self, url: str, passed: List[Tuple[str, str]], at: int, length: int, name: str) -> Iterator[Any]:
+        """Yield bytes [at, length) of a blob straight from its origin, however often that hangs up.  Raises BadGateway, NetworkError."""
+        pauses = iter(self.REST_PAUSES_S)
+        while at < length:
+            began, answer = at, None
+            try:
+                last, connection, answer = self._ask("GET", url, passed + [("range", "bytes=%d-" % at)], None, 0, follow=True)
+                if answer.status != 206 or answer.getheader("Content-Range", "") != "bytes %d-%d/%d" % (at, length - 1, length):
+                    raise SourceError("%s answers %d to a range" % (name, answer.status), answer.status)
+                for data in self._body(last, answer):
+                    data = data[:length - at]
+                    at += len(data)
+                    yield data
+            except (NetworkError, BadGateway) as error:
+                pause_s = 0.0 if at > began else next(pauses, None)
+                if pause_s is None:
+                    raise
+                self._log.warn("%s: %s; once more from byte %d on", name, error, at)
+                time.sleep(pause_s)
+            finally:
+                if answer:
+                    self._upstream.done(last, connection, answer)
 
     @staticmethod
     def _blob_headers(blob: Blob) -> List[Tuple[str, str]]:
@@ -9292,7 +9399,7 @@ class Daemon:
         headers = [pair for pair in self._forwarded(caller.request.headers) if pair[0] not in ("host", "content-length", "expect")]
         method = caller.request.method
         if method == "GET" and not caller.has_body and _TOKEN.search(url) and "/v2/" not in url:
-            token = self._tokens.ask((url, tuple(sorted(headers))), lambda: self._token(url, headers))
+            token = self._fetch_token(url, headers)
             if token:
                 status, reason, passed, data = token
                 caller.answer(status, reason, passed, len(data))
@@ -9319,6 +9426,10 @@ class Daemon:
             if urlsplit(before).netloc != urlsplit(url).netloc:
                 headers = [pair for pair in headers if pair[0] not in ("authorization", "cookie")]
         raise BadGateway("%s redirects in a circle" % urlsplit(asked).netloc)
+
+    def _fetch_token(self, url: str, headers: List[Tuple[str, str]]) -> Optional[Tuple[int, str, List[Tuple[str, str]], bytes]]:
+        """Return what a token server answers, as `_token` does; asked once for all who ask the same meanwhile."""
+        return self._tokens.ask((url, tuple(sorted(headers))), lambda: self._token(url, headers))
 
     def _token(self, url: str, headers: List[Tuple[str, str]]) -> Optional[Tuple[int, str, List[Tuple[str, str]], bytes]]:
         """Return (status, reason, headers, body) of what a token server answers; None when it is no token.  Raises BadGateway."""

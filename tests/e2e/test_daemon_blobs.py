@@ -170,7 +170,9 @@ def test_the_same_token_is_asked_for_once_by_many(origin, host):
 
 # ---- when the swarm fails in the middle -----------------------------------------------------------------------------------
 
-def test_the_rest_of_a_blob_comes_from_its_registry(origin, supernode, host, blob):
+@pytest.mark.parametrize("then", [{}, {"cut_after": 700000}], ids=["well", "cut"])
+def test_the_rest_of_a_blob_comes_from_its_registry(origin, supernode, host, blob, then):
+    """However often that hangs up."""
     node, data = supernode(), blob(8 * MB)
     path = layer(origin, data, stall_after=5 * MB, once=True)
     daemon, answers = host().daemon(base(origin), "--notbs"), []
@@ -178,6 +180,7 @@ def test_the_rest_of_a_blob_comes_from_its_registry(origin, supernode, host, blo
     asking.start()
     wait_for(lambda: node.bytes_sent() > 3 * MB)
     wait_for(lambda: daemon.metric("blob_bytes_total") > MB)
+    origin.change(path[1:], **then)
     node.kill()
     asking.join()
     whole(answers[0], data)
