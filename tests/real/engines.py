@@ -17,11 +17,12 @@ class Engine:
     def __init__(self, world, host):
         self.world, self.folder = world, os.path.join(host.dir, self.NAME)
         self.etc = os.path.join(host.dir, "etc")
-        os.makedirs(self.folder, exist_ok=True)
+        self.env = {"TMPDIR": os.path.join(self.folder, "tmp")}  # a dockerd that ends slowly leaves a dump of its containerd there
+        os.makedirs(self.env["TMPDIR"], exist_ok=True)
         os.makedirs(self.etc, exist_ok=True)
 
     def run(self, argv, code=0, env=None, limit=90):
-        result = Command(self.world, self.NAME, argv, env=env).wait(limit)
+        result = Command(self.world, self.NAME, argv, env=dict(self.env, **(env or {}))).wait(limit)
         assert (result.code == 0) == (code == 0), result.out + result.stderr
         return result
 
@@ -50,7 +51,7 @@ class Docker(Engine):
         self._server = Command(self.world, "dockerd", [
             program("dockerd"), "--config-file", os.path.join(self.etc, "docker", "daemon.json"), "--data-root", os.path.join(self.folder, "data"),
             "--exec-root", os.path.join(self.folder, "exec"), "--pidfile", os.path.join(self.folder, "pid"), "-H", self._socket,
-            "--iptables=false", "--ip6tables=false", "--bridge=none", "--storage-driver=vfs"])
+            "--iptables=false", "--ip6tables=false", "--bridge=none", "--storage-driver=vfs"], env=self.env)
         wait_for(lambda: "API listen on" in self._server.output() or not self._server.running(), 60, "dockerd")
         assert self._server.running(), self._server.output()
 
@@ -96,7 +97,7 @@ class Containerd(Engine):
             text = file.read()
         with open(os.path.join(self.folder, "config.toml"), "w") as file:
             file.write(self.CONFIG % (os.path.join(self.folder, "root"), os.path.join(self.folder, "state"), self._socket) + text)
-        self._server = Command(self.world, "containerd", [program("containerd"), "-c", os.path.join(self.folder, "config.toml")])
+        self._server = Command(self.world, "containerd", [program("containerd"), "-c", os.path.join(self.folder, "config.toml")], env=self.env)
         wait_for(lambda: os.path.exists(self._socket) and "successfully booted" in self._server.output() or not self._server.running(), 60, "containerd")
         assert self._server.running(), self._server.output()
 
