@@ -8586,6 +8586,7 @@ class Caller:
             raise BadRequest("Transfer-Encoding: %.60r is not known here" % request.headers["transfer-encoding"])
         self.unread = self.has_body = self.length != 0
         self.started = False  # the answer's head is on its way
+        self.moved = 0  # bytes, either way
         self._chunks = False  # the answer goes out in chunks
 
     def body(self) -> Iterator[bytes]:
@@ -8600,6 +8601,7 @@ class Caller:
                     break
             data = self.line.read_exactly(min(left, 65536))
             left -= len(data)
+            self.moved += len(data)
             yield data
             if self.chunked and not left:
                 self.line.read_line()
@@ -8647,6 +8649,7 @@ class Caller:
             if not count:
                 raise NetworkError("the file is shorter than it was")
             start += count
+            self.moved += count
 
     def end(self) -> None:
         """The answer's body has been sent."""
@@ -8669,6 +8672,7 @@ class Caller:
             self.line.sock.sendall(data)
         except OSError as error:
             raise NetworkError("%s takes no more: %s" % (self.request.client, error.strerror or error))
+        self.moved += len(data)
 
     def gone(self) -> bool:
         """Return whether the client has hung up."""
@@ -8687,10 +8691,12 @@ class Doorway(Server):
     """
 
     MOST = 256  # requests at once
+    FINISH_S, STILL_S = 8.0, 0.5  # how long requests may go on at the end, and how long without a byte of any of them
 
     def __init__(self, sock: socket.socket, application: Any, log: Log) -> None:
         super().__init__(sock, application.ROUTES, application, log, "daemon")
-        self._handed = {}  # type: Dict[_Link, threading.Thread]
+        self._handed = {}  # type: Dict[_Link, Tuple[threading.Thread, Caller]]
+        self._retired = False  # there will be no other requests
 
     def _begin(self, link: _Link, line: Any, headers: Dict[str, str], begin: int) -> None:
         method, target, version = line.groups()
@@ -8709,7 +8715,7 @@ class Doorway(Server):
         except RuntimeError:  # the system has no more
             link.sock.setblocking(False)
             return self._refuse(link, 503, "there is no thread left for this request")
-        self._handed[link] = thread
+        self._handed[link] = thread, caller
         return None
 
     def enter(self, sock: socket.socket, client: str, site: str) -> None:
@@ -8736,7 +8742,7 @@ class Doorway(Server):
     def _take_back(self, link: _Link, caller: Caller) -> None:
         del self._handed[link]
         link.keep = caller.keep and not caller.unread and not link.closing
-        if not link.keep or self._stopping:
+        if not link.keep or self._stopping or self._retired:
             return self._close(link)
         link.sock.setblocking(False)
         link.input += caller.line.rest()
@@ -8753,11 +8759,31 @@ class Doorway(Server):
             return
         super()._close(link)
 
+    def retire(self) -> None:
+        """Let nobody in any more, so that engines ask elsewhere, and let the requests that are under way come to their end while they move."""
+        self.post(self._retire)
+        now = moved_at = time.monotonic()
+        deadline, before = now + self.FINISH_S, -1
+        while now < min(deadline, moved_at + self.STILL_S) and (self._handed or not self._retired):
+            moved = sum(caller.moved for _, caller in list(self._handed.values()))
+            if moved != before:
+                before, moved_at = moved, now
+            time.sleep(0.05)
+            now = time.monotonic()
+
+    def _retire(self) -> None:
+        self._retired = True
+        if self._sock.fileno() in self._selector.get_map():
+            self._selector.unregister(self._sock)
+        self._sock.close()
+        for link in [link for link in self._links if link.state == _Link.IDLE]:
+            self._close(link)
+
     def stop(self, limit_s: float = 1.0) -> None:
         """End the thread, and within `limit_s` more all requests."""
         super().stop(limit_s)
         deadline = time.monotonic() + limit_s
-        for thread in list(self._handed.values()):
+        for thread, _ in list(self._handed.values()):
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
@@ -9179,7 +9205,8 @@ class Daemon:
         print("dfdaemon listening on %s for %s" % (join_host(door.address[0], self.port), mirrored), flush=True)
         while not ended.wait(0.5):  # a signal that comes just before the wait would else be seen after it
             self._blobs.tick()
-        door.stop()
+        door.retire()
+        door.stop(0.5)
         self._blobs.close()
         self._upstream.close()
         self._log.info("daemon ends")

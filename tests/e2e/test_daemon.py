@@ -445,6 +445,29 @@ def test_sigterm_in_the_middle_ends_everything_at_once_and_a_restart_goes_on(ori
     whole(here.daemon(base(origin)).ask(path), data)
 
 
+def test_sigterm_lets_what_moves_come_to_its_end_and_nobody_in(origin, supernode, host, blob):
+    supernode()
+    data, here = blob(6 * MB), host()
+    path, slow = layer(origin, data, rate=4 * MB), b"x" * MB
+    origin.put("v2/slow", slow, rate=MB)
+    daemon, answers = here.daemon(base(origin)), {}
+    asking = [threading.Thread(target=lambda path=path: answers.update({path: daemon.ask(path)})) for path in (path, "/v2/slow")]
+    with socket.create_connection(daemon.address, 20) as idle:
+        for thread in asking:
+            thread.start()
+        wait_for(lambda: daemon.metric("blob_bytes_total") > 0 and daemon.metric("relayed_total") > 0)
+        daemon.proc.terminate()
+        assert idle.recv(1) == b"", "an idle connection is closed"
+        with pytest.raises(OSError):
+            socket.create_connection(daemon.address, 20)
+        assert daemon.running()
+    for thread in asking:
+        thread.join()
+    whole(answers[path], data)
+    whole(answers["/v2/slow"], slow)
+    assert daemon.proc.wait(5) == 0
+
+
 def test_a_killed_daemon_s_halves_are_used(origin, host, blob):
     data, here = blob(6 * MB), host()
     path = layer(origin, data, stall_after=4 * MB, once=True)
