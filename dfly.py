@@ -3613,6 +3613,11 @@ class Filler:
         self._on_piece(num)
 
 
+def bare(url: str) -> str:
+    """Return a URL, or a path, as it may be shown to everybody: a user, a password or a signature may be in the rest."""
+    return re.sub(r"^([\w+.-]+://)[^/]*@", r"\1", url.partition("?")[0])
+
+
 class BadGateway(SourceError):
     """A site can't be asked what a client wants of it through us."""
     http = 502
@@ -3715,7 +3720,7 @@ class Upstream:
     def _failure(parts: Any, error: Exception) -> BadGateway:
         late = isinstance(error, socket.timeout)
         reason = "no answer in time" if late else getattr(error, "verify_message", "") or getattr(error, "strerror", "") or error
-        failure = BadGateway("%s://%s: %s" % (parts.scheme, parts.netloc, reason or type(error).__name__))
+        failure = BadGateway("%s://%s: %s" % (parts.scheme, parts.netloc.rpartition("@")[2], reason or type(error).__name__))
         failure.http = 504 if late else 502
         return failure
 
@@ -8728,11 +8733,11 @@ class Doorway(Server):
         try:
             self._app.handle(caller)
         except DflyError as error:
-            self._log.warn("%s %s from %s: %s", request.method, request.target, request.client, error)
+            self._log.warn("%s %s from %s: %s", request.method, bare(request.target), request.client, error)
             caller.refuse(error.http, str(error))
         except Exception as error:  # noqa: BLE001 a fault of ours: the client gets no traceback, the log does
             import traceback
-            self._log.error("%s %s: %s", request.method, request.target, traceback.format_exc())
+            self._log.error("%s %s: %s", request.method, bare(request.target), traceback.format_exc())
             caller.refuse(500, "internal error: %s" % type(error).__name__)
         if self._stopping:
             link.sock.close()
@@ -8801,7 +8806,7 @@ class Blob(ReadAlong):
         self.url, self.path = url, path  # as its first client asked for it; where it will be
         self.users = 0  # clients
         self.began = self.used_at = time.monotonic()
-        self.proven = {}  # type: Dict[str, float]  # fingerprints of credentials, and until when they are good
+        self._proven = {}  # type: Dict[str, float]  # fingerprints of credentials, and until when they are good
         self.unwanted = False  # nobody waits for it: the download shall end
         self.settled = threading.Event()  # its threads have ended
 
@@ -8809,6 +8814,18 @@ class Blob(ReadAlong):
     def ended(self) -> bool:
         """Return whether its threads have."""
         return self.settled.is_set()
+
+    def may_have(self, credentials: str) -> bool:
+        """Return whether the registry has taken these credentials for it of late."""
+        with self._changed:
+            return self._proven.get(credentials, 0.0) >= time.monotonic()
+
+    def prove(self, credentials: str) -> None:
+        """The registry has taken these credentials for it."""
+        now = time.monotonic()
+        with self._changed:
+            self._proven = {known: until for known, until in self._proven.items() if until >= now}  # each pull may have a token of its own
+            self._proven[credentials] = now + PROVEN_S
 
     def close(self, keep: bool = False) -> None:
         """Give back its descriptors, and its place on the disk unless somebody could know it again."""
@@ -8928,7 +8945,7 @@ class Blobs:
                 blob = Blob(url, digest, os.path.join(self.repo, name))
                 left = bool(digest) and os.path.exists(blob.path)
                 if not left:  # the download itself asks the origin
-                    blob.proven[credentials] = now + PROVEN_S
+                    blob.prove(credentials)
                 threading.Thread(target=self._run, args=(blob, headers, left), name="dfly-blob", daemon=True).start()
                 self._blobs[key] = blob
             blob.users += 1
@@ -9224,9 +9241,9 @@ class Daemon:
             elif re.match(r"^https?://[^/?#]+", request.target, re.I):
                 self._proxy(caller, request.target)
             else:
-                raise BadRequest("neither a path nor an http URL: %.200r" % request.target)
+                raise BadRequest("neither a path nor an http URL: %.200r" % bare(request.target))
         except BadUsage as error:  # a host that is none
-            raise BadRequest("%.200r: %s" % (request.target, error))
+            raise BadRequest("%.200r: %s" % (bare(request.target), error))
 
     # -- what is asked ------------------------------------------------------------
 
@@ -9259,11 +9276,15 @@ class Daemon:
     def _proxy(self, caller: Caller, url: str) -> None:
         """A whole URL: the first rule that matches decides.  Wire: 11.1"""
         if not re.match(r"^https?://[^/?#]+", url, re.I):
-            raise BadRequest("not an http URL: %.200r" % url)
+            raise BadRequest("not an http URL: %.200r" % bare(url))
         try:
             host, port = split_host(urlsplit(url).netloc.rpartition("@")[2], 80)
         except ValueError as error:
-            raise BadRequest("%.200r: %s" % (url, error))
+            raise BadRequest("%.200r: %s" % (bare(url), error))
+        user, at, _ = urlsplit(url).netloc.rpartition("@")
+        if at:  # from here on it is a header like any other, which is shown to nobody else
+            caller.request.headers.setdefault("authorization", request_url(url)[1])
+            url = url.replace(user + at, "", 1)
         if port == self.port and host in ("127.0.0.1", "localhost", "::1", caller.request.server):
             parts = urlsplit(url)
             return self._mirror(caller, (parts.path or "/") + ("?" + parts.query if parts.query else ""))
@@ -9314,7 +9335,7 @@ class Daemon:
         Wire: 16 (2)
         """
         credentials = origin.credentials()
-        if blob.proven.get(credentials, 0.0) >= time.monotonic():
+        if blob.may_have(credentials):
             return True
         connection, answer = self._upstream.ask("HEAD", origin.url, headers)
         answer.read()
@@ -9326,7 +9347,7 @@ class Daemon:
         if urlsplit(origin.url).netloc != urlsplit(blob.url).netloc:
             blob.length(caller.gone)  # of a blob that has begun there is something to hold it against
             origin.prove(0, blob.progress()["bytes"] or 0, blob.read_at)
-        blob.proven[credentials] = time.monotonic() + PROVEN_S
+        blob.prove(credentials)
         return True
 
     def _send_blob(self, caller: Caller, blob: Blob, url: str, passed: List[Tuple[str, str]]) -> None:
@@ -9477,7 +9498,7 @@ class Daemon:
         except ValueError:
             following = ""
         if not re.match(r"^https?://[^/?#]+", following, re.I):
-            raise BadGateway("%s redirects to what is no http URL: %.200r" % (url, onward))
+            raise BadGateway("%s redirects to what is no http URL: %.200r" % (bare(url), bare(onward)))
         return following
 
     @staticmethod
@@ -9518,9 +9539,9 @@ class Daemon:
             try:
                 data = answer.read1(65536 if left is None else min(left, 65536))
             except (http.client.HTTPException, OSError, ValueError) as error:
-                raise BadGateway("%s: %s" % (url.partition("?")[0], error))
+                raise BadGateway("%s: %s" % (bare(url), error))
             if not data and left:
-                raise NetworkError("%s hung up with %d bytes to come" % (url.partition("?")[0], left))
+                raise NetworkError("%s hung up with %d bytes to come" % (bare(url), left))
             if not data:
                 break
             left = left if left is None else left - len(data)
@@ -9748,8 +9769,7 @@ class EngineSettings:
         if self.engine == "podman":
             return [self._own(path("containers", "registries.conf.d", "50-dfly.conf"), self._podman())]
         config = path("containerd", "config.toml")
-        folder = re.search(r'^\s*config_path\s*=\s*"([^"]+)"', (self._read(config) or b"").decode("utf-8", "replace"), re.M)
-        hosts = os.path.join(folder.group(1) if folder else path("containerd", "certs.d"), "_default", "hosts.toml")
+        hosts = os.path.join(self._hosts_folder(self._read(config)), "_default", "hosts.toml")
         return [self._own(hosts, '[host."%s"]\n  capabilities = ["pull", "resolve"]\n' % self._url),
                 (config, functools.partial(self._into_toml, config), self._out_of_toml)]
 
@@ -9803,26 +9823,48 @@ class EngineSettings:
 
     # -- containerd's config.toml: its CRI plugin looks into a folder of hosts only if told so -----------
 
+    #: What the plugin is called in each version of the file; one that names none has the first.
+    CRI = {"1": "cri", "2": "io.containerd.grpc.v1.cri", "3": "io.containerd.cri.v1.images"}
+    INSTEAD = ", in the place of "
+    _PATH = re.compile(r"""^[^\S\n]*config_path\s*=\s*(["'])([^"'\n]*)\1[^\n]*(\n|$)""", re.M)
+
+    def _hosts_folder(self, config: Optional[bytes]) -> str:
+        """Return where containerd looks for hosts: the first of several, as its 2.1 does."""
+        found = self._PATH.search((config or b"").decode("utf-8", "replace"))
+        return (found.group(2).split(":")[0] if found else "") or os.path.join(self._etc, "containerd", "certs.d")
+
     def _into_toml(self, path: str, now: Optional[bytes]) -> bytes:
         text = (now or b"").decode("utf-8", "surrogateescape")
-        if re.search(r"^\s*config_path\s*=\s*\"[^\"]", text, re.M):
+        there = self._PATH.search(text)
+        if there and there.group(2):
             return now or b""
-        if re.search(r"^\s*\[plugins\..*\.registry\.(mirrors|configs)", text, re.M):
+        if re.search(r"^\s*\[plugins\..*\.registry\.(mirrors|configs)\.", text, re.M):
             raise BadUsage("%s: has registry.mirrors or registry.configs, which containerd does not take together with a folder of hosts" % path)
-        line = 'config_path = "%s"  %s\n' % (os.path.join(self._etc, "containerd", "certs.d"), OURS)
-        section = re.search(r'^\s*\[plugins\.(["\'])io\.containerd\.grpc\.v1\.cri\1\.registry\][^\n]*(\n|$)', text, re.M)
-        empty = re.search(r'^[^\S\n]*config_path\s*=\s*""[^\n]*\n', text, re.M)
-        if empty:
-            raise BadUsage("%s: has an empty config_path: make it %s" % (path, line.partition("=")[2].partition("#")[0].strip()))
+        setting = 'config_path = "%s"' % os.path.join(self._etc, "containerd", "certs.d")
+        if there:  # an empty one, as `containerd config default` prints
+            indent, old = re.match(r"(\s*)(.*)", there.group(0)).groups()  # type: ignore[union-attr]
+            line = "%s%s  %s%s%s%s" % (indent, setting, OURS, self.INSTEAD, old, there.group(3))
+            return (text[:there.start()] + line + text[there.end():]).encode("utf-8", "surrogateescape")
+        version = re.search(r"^\s*version\s*=\s*(\d+)", text, re.M)
+        plugin = self.CRI.get(version.group(1) if version else "1" if text.strip() else "2")
+        if not plugin:
+            raise BadUsage("%s: of a version that is not known here: add %s for its CRI plugin by hand" % (path, setting))
+        line = "%s  %s\n" % (setting, OURS)
+        section = re.search(r"""^\s*\[plugins\.(["']?)%s\1\.registry\][^\n]*(\n|$)""" % re.escape(plugin), text, re.M)
         if section:
-            return (text[:section.end()] + line + text[section.end():]).encode("utf-8", "surrogateescape")
+            gap = "" if section.group(0).endswith("\n") else "\n"
+            return (text[:section.end()] + gap + line + text[section.end():]).encode("utf-8", "surrogateescape")
         start = "" if text else "version = 2  %s\n" % OURS
         gap = "" if not text or text.endswith("\n") else "\n"
-        return (text + gap + start + '[plugins."io.containerd.grpc.v1.cri".registry]  %s\n' % OURS + line).encode("utf-8", "surrogateescape")
+        name = '"%s"' % plugin if "." in plugin else plugin
+        return (text + gap + start + "[plugins.%s.registry]  %s\n" % (name, OURS) + line).encode("utf-8", "surrogateescape")
 
     @staticmethod
     def _out_of_toml(now: Optional[bytes]) -> Optional[bytes]:
-        left = b"".join(line for line in (now or b"").splitlines(True) if OURS.encode() not in line)
+        before, ours, instead = (text.encode() for text in ("config_path", OURS, EngineSettings.INSTEAD))
+        lines = [line if ours not in line else line.partition(before)[0] + line.partition(ours + instead)[2] if ours + instead in line else b""
+                 for line in (now or b"").splitlines(True)]
+        left = b"".join(lines)
         return left if left or not now else None
 
 

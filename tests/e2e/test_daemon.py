@@ -1,4 +1,5 @@
 """The registry mirror and proxy: what a container engine sees, and what the registry behind it does."""
+import base64
 import hashlib
 import http.server
 import os
@@ -351,6 +352,26 @@ def test_as_a_proxy_rules_decide(origin, supernode, host, blob):
     answer = daemon.ask(moved)
     assert answer.status == 302 and answer.headers["location"] == plain
     assert daemon.ask(plain, "HEAD").status == 200
+
+
+def test_what_a_url_says_of_its_user_is_written_nowhere(origin, supernode, host, blob):
+    supernode()
+    here, good = host(), "Basic " + base64.b64encode(b"me:secret-word").decode()
+    daemon = here.daemon(base(origin), "--proxy", "[.]bin$")
+    with_user = origin.base.replace("://", "://me:secret-word@")
+    for name, data in (("a.bin", blob(2 * MB)), ("b.txt", b"text")):
+        origin.put(name, data, auth=good)
+        assert daemon.ask(with_user + name).body == data
+        assert daemon.ask(origin.base + name).status == 401
+    origin.put("cut", b"x" * MB, cut_after=1000)
+    for url in (with_user + "cut?Signature=secret-word", "http://me:secret-word@127.0.0.1:1/x?Signature=secret-word", "http://me:secret-word@127.0.0.1:99999/"):
+        daemon.ask(url)
+    daemon.stop()
+    for folder, _, names in os.walk(here.home):
+        for path in [os.path.join(folder, name) for name in names]:
+            with open(path, "rb") as file:
+                text = file.read()
+            assert b"secret-word" not in text and good[6:].encode() not in text, path
 
 
 def test_what_has_no_digest_is_asked_for_anew(origin, supernode, host, blob):
