@@ -73,7 +73,7 @@ import threading
 import time
 import zlib
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 VERSION = "0.1.0"
 
@@ -3673,6 +3673,11 @@ class Filler:
         self._on_piece(num)
 
 
+def bare(url: str) -> str:
+    """Return a URL, or a path, as it may be shown to everybody: a user, a password or a signature may be in the rest."""
+    return re.sub(r"^([\w+.-]+://)[^/]*@", r"\1", url.partition("?")[0])
+
+
 class BadGateway(SourceError):
     """A site can't be asked what a client wants of it through us."""
     http = 502
@@ -3775,7 +3780,7 @@ class Upstream:
     def _failure(parts: Any, error: Exception) -> BadGateway:
         late = isinstance(error, socket.timeout)
         reason = "no answer in time" if late else getattr(error, "verify_message", "") or getattr(error, "strerror", "") or error
-        failure = BadGateway("%s://%s: %s" % (parts.scheme, parts.netloc, reason or type(error).__name__))
+        failure = BadGateway("%s://%s: %s" % (parts.scheme, parts.netloc.rpartition("@")[2], reason or type(error).__name__))
         failure.http = 504 if late else 502
         return failure
 
@@ -9194,6 +9199,7 @@ class Caller:
             raise BadRequest("Transfer-Encoding: %.60r is not known here" % request.headers["transfer-encoding"])
         self.unread = self.has_body = self.length != 0
         self.started = False  # the answer's head is on its way
+        self.moved = 0  # bytes, either way
         self._chunks = False  # the answer goes out in chunks
 
     def body(self) -> Iterator[bytes]:
@@ -9208,6 +9214,7 @@ class Caller:
                     break
             data = self.line.read_exactly(min(left, 65536))
             left -= len(data)
+            self.moved += len(data)
             yield data
             if self.chunked and not left:
                 self.line.read_line()
@@ -9255,6 +9262,7 @@ class Caller:
             if not count:
                 raise NetworkError("the file is shorter than it was")
             start += count
+            self.moved += count
 
     def end(self) -> None:
         """The answer's body has been sent."""
@@ -9277,6 +9285,7 @@ class Caller:
             self.line.sock.sendall(data)
         except OSError as error:
             raise NetworkError("%s takes no more: %s" % (self.request.client, error.strerror or error))
+        self.moved += len(data)
 
     def gone(self) -> bool:
         """Return whether the client has hung up."""
@@ -9295,10 +9304,12 @@ class Doorway(Server):
     """
 
     MOST = 256  # requests at once
+    FINISH_S, STILL_S = 8.0, 0.5  # how long requests may go on at the end, and how long without a byte of any of them
 
     def __init__(self, sock: socket.socket, application: Any, log: Log) -> None:
         super().__init__(sock, application.ROUTES, application, log, "daemon")
-        self._handed = {}  # type: Dict[_Link, threading.Thread]
+        self._handed = {}  # type: Dict[_Link, Tuple[threading.Thread, Caller]]
+        self._retired = False  # there will be no other requests
 
     def _begin(self, link: _Link, line: Any, headers: Dict[str, str], begin: int) -> None:
         method, target, version = line.groups()
@@ -9317,7 +9328,7 @@ class Doorway(Server):
         except RuntimeError:  # the system has no more
             link.sock.setblocking(False)
             return self._refuse(link, 503, "there is no thread left for this request")
-        self._handed[link] = thread
+        self._handed[link] = thread, caller
         return None
 
     def enter(self, sock: socket.socket, client: str, site: str) -> None:
@@ -9330,11 +9341,11 @@ class Doorway(Server):
         try:
             self._app.handle(caller)
         except DflyError as error:
-            self._log.warn("%s %s from %s: %s", request.method, request.target, request.client, error)
+            self._log.warn("%s %s from %s: %s", request.method, bare(request.target), request.client, error)
             caller.refuse(error.http, str(error))
         except Exception as error:  # noqa: BLE001 a fault of ours: the client gets no traceback, the log does
             import traceback
-            self._log.error("%s %s: %s", request.method, request.target, traceback.format_exc())
+            self._log.error("%s %s: %s", request.method, bare(request.target), traceback.format_exc())
             caller.refuse(500, "internal error: %s" % type(error).__name__)
         if self._stopping:
             link.sock.close()
@@ -9344,7 +9355,7 @@ class Doorway(Server):
     def _take_back(self, link: _Link, caller: Caller) -> None:
         del self._handed[link]
         link.keep = caller.keep and not caller.unread and not link.closing
-        if not link.keep or self._stopping:
+        if not link.keep or self._stopping or self._retired:
             return self._close(link)
         link.sock.setblocking(False)
         link.input += caller.line.rest()
@@ -9361,11 +9372,31 @@ class Doorway(Server):
             return
         super()._close(link)
 
+    def retire(self) -> None:
+        """Let nobody in any more, so that engines ask elsewhere, and let the requests that are under way come to their end while they move."""
+        self.post(self._retire)
+        now = moved_at = time.monotonic()
+        deadline, before = now + self.FINISH_S, -1
+        while now < min(deadline, moved_at + self.STILL_S) and (self._handed or not self._retired):
+            moved = sum(caller.moved for _, caller in list(self._handed.values()))
+            if moved != before:
+                before, moved_at = moved, now
+            time.sleep(0.05)
+            now = time.monotonic()
+
+    def _retire(self) -> None:
+        self._retired = True
+        if self._sock.fileno() in self._selector.get_map():
+            self._selector.unregister(self._sock)
+        self._sock.close()
+        for link in [link for link in self._links if link.state == _Link.IDLE]:
+            self._close(link)
+
     def stop(self, limit_s: float = 1.0) -> None:
         """End the thread, and within `limit_s` more all requests."""
         super().stop(limit_s)
         deadline = time.monotonic() + limit_s
-        for thread in list(self._handed.values()):
+        for thread, _ in list(self._handed.values()):
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
@@ -9383,7 +9414,7 @@ class Blob(ReadAlong):
         self.url, self.path = url, path  # as its first client asked for it; where it will be
         self.users = 0  # clients
         self.began = self.used_at = time.monotonic()
-        self.proven = {}  # type: Dict[str, float]  # fingerprints of credentials, and until when they are good
+        self._proven = {}  # type: Dict[str, float]  # fingerprints of credentials, and until when they are good
         self.unwanted = False  # nobody waits for it: the download shall end
         self.settled = threading.Event()  # its threads have ended
 
@@ -9391,6 +9422,18 @@ class Blob(ReadAlong):
     def ended(self) -> bool:
         """Return whether its threads have."""
         return self.settled.is_set()
+
+    def may_have(self, credentials: str) -> bool:
+        """Return whether the registry has taken these credentials for it of late."""
+        with self._changed:
+            return self._proven.get(credentials, 0.0) >= time.monotonic()
+
+    def prove(self, credentials: str) -> None:
+        """The registry has taken these credentials for it."""
+        now = time.monotonic()
+        with self._changed:
+            self._proven = {known: until for known, until in self._proven.items() if until >= now}  # each pull may have a token of its own
+            self._proven[credentials] = now + PROVEN_S
 
     def close(self, keep: bool = False) -> None:
         """Give back its descriptors, and its place on the disk unless somebody could know it again."""
@@ -9510,7 +9553,7 @@ class Blobs:
                 blob = Blob(url, digest, os.path.join(self.repo, name))
                 left = bool(digest) and os.path.exists(blob.path)
                 if not left:  # the download itself asks the origin
-                    blob.proven[credentials] = now + PROVEN_S
+                    blob.prove(credentials)
                 threading.Thread(target=self._run, args=(blob, headers, left), name="dfly-blob", daemon=True).start()
                 self._blobs[key] = blob
             blob.users += 1
@@ -9663,6 +9706,91 @@ class Blobs:
 #    from where it is asked of.
 # ==============================================================================
 
+class Reception:
+    """Where engines learn whom to show their credentials, when the daemon is the mirror of several registries.
+
+    They ask `/v2/` first, which says nothing of the registry that they mean: the answer sends them to us for a token.  There they
+    name the repository, and with it the registry, whose own token they get.  To a registry that wants a password, or nothing at
+    all, a token of ours stands for that, and is never shown: it exists in the engine only.
+    """
+
+    PATH, SERVICE = "/_dfly/token", "dfly"
+    NOTHING, PASSWORD = "dfly-nothing", "dfly-password."  # tokens of ours; before the password, as Basic has it
+
+    def __init__(self, registries: List[Registry], upstream: Upstream, fetch_token: Callable[[str, List[Tuple[str, str]]], Any]) -> None:
+        self._registries, self._upstream, self._fetch_token = registries, upstream, fetch_token
+
+    def receives(self, caller: Caller, target: str) -> bool:
+        """Answer what is for us; return whether it was.  In what goes on turn a token of ours into what it stands for."""
+        path, _, query = target.partition("?")
+        headers = caller.request.headers
+        if path == self.PATH and caller.request.method == "GET":
+            self._give(caller, parse_qsl(query), headers.get("authorization", ""))
+        elif path in ("/v2", "/v2/") and caller.request.method in ("GET", "HEAD"):
+            self._greet(caller)
+        else:
+            token = headers.get("authorization", "").partition(" ")[2]
+            if token == self.NOTHING:
+                del headers["authorization"]
+            elif token.startswith(self.PASSWORD):
+                headers["authorization"] = "Basic " + token[len(self.PASSWORD):]
+            return False
+        return True
+
+    def _greet(self, caller: Caller) -> None:
+        """Answer an engine's first question: it shall fetch a token."""
+        headers = [("Content-Type", "application/json"), ("Docker-Distribution-Api-Version", "registry/2.0")]
+        host, known = caller.request.headers.get("host", ""), "authorization" in caller.request.headers
+        if not re.match(r"^[\w.:\[\]-]+$", host, re.ASCII):
+            raise BadRequest("not a Host: %.100r" % host)
+        if not known:
+            headers.append(("WWW-Authenticate", 'Bearer realm="http://%s%s",service="%s"' % (host, self.PATH, self.SERVICE)))
+        body = b"{}" if known else b'{"errors": [{"code": "UNAUTHORIZED", "message": "authentication required"}]}'
+        caller.answer(200 if known else 401, "", headers, len(body))
+        caller.send(b"" if caller.request.method == "HEAD" else body)
+
+    def _give(self, caller: Caller, query: List[Tuple[str, str]], shown: str) -> None:
+        """Answer a request for a token with that of the registry that it means.  Raises BadGateway."""
+        registry, scopes = self._meant([scope for name, value in query if name == "scope" for scope in value.split()])
+        wanted, said = self._wish(registry) if scopes else ("", {})  # a login names no repository: nothing to show yet
+        if wanted == "bearer":
+            asked = [("service", said["service"])] * ("service" in said) + [("scope", scope) for scope in scopes]
+            asked += [pair for pair in query if pair[0] in ("account", "client_id")]
+            realm = said.get("realm", "")
+            answer = self._fetch_token(realm + ("&" if "?" in realm else "?") + urlencode(asked), [("authorization", shown)] if shown else [])
+            if not answer:
+                raise BadGateway("%.200s: gives no token" % realm)
+            status, reason, headers, body = answer
+        else:
+            kind, _, password = shown.partition(" ")
+            token = self.PASSWORD + password.strip() if wanted == "basic" and kind.lower() == "basic" else self.NOTHING
+            status, reason, headers = 200, "", [("Content-Type", "application/json")]
+            body = _to_json({"token": token, "access_token": token, "expires_in": 300}).encode()
+        caller.answer(status, reason, headers, len(body))
+        caller.send(body)
+
+    def _meant(self, scopes: List[str]) -> Tuple[Registry, List[str]]:
+        """Return the registry that the first of these scopes means, and those of them that are of it, as it names them itself."""
+        found = []  # type: List[Tuple[Registry, str]]
+        for scope in scopes:
+            kind, _, rest = scope.partition(":")
+            name, slash, repository = rest.partition("/")
+            registry = next((registry for registry in self._registries[1:] if slash and registry.name == name), self._registries[0])
+            found.append((registry, "%s:%s" % (kind, repository) if registry.name else scope))
+        meant = found[0][0] if found else self._registries[0]
+        return meant, [scope for registry, scope in found if registry is meant]
+
+    def _wish(self, registry: Registry) -> Tuple[str, Dict[str, str]]:
+        """Return by what scheme ("": none) a registry wants to know who asks, and what else it says of that.  Raises BadGateway."""
+        url = registry.url + "/v2/"
+        connection, answer = self._upstream.ask("GET", url, [])
+        answer.read(65536)
+        self._upstream.done(url, connection, answer)
+        challenge = answer.getheader("WWW-Authenticate", "") if answer.status == 401 else ""
+        scheme, _, rest = challenge.strip().partition(" ")
+        return scheme.lower(), dict(re.findall(r'(\w+)="([^"]*)"', rest))
+
+
 class Daemon:
     """Decides what becomes of a request: a blob by the swarm, all else straight to its origin, or a tunnel.  Wire: 11"""
 
@@ -9674,6 +9802,7 @@ class Daemon:
         Route("GET", "/metrics", "metrics"),
     )
     COUNTED = ("blobs", "blob_bytes", "fallbacks", "relayed", "tunnels", "opened")
+    REST_PAUSES_S = (0.25, 0.5, 1.0, 2.0)  # before a registry that has sent nothing is asked once more for the rest of a blob
 
     def __init__(self, registries: List[Registry], rules: List[Rule], selected: List[Any], opened: List[Opened], authority: Optional[Authority],
                  small: int, upstream: Upstream, blobs: Blobs, log: Log, settings: Dict[str, Any]) -> None:
@@ -9686,6 +9815,7 @@ class Daemon:
         self._settings = settings
         self.port = 0
         self._tokens = Once()
+        self._reception = Reception(registries, upstream, self._fetch_token)
         self._lock = threading.Lock()
         self._counts = collections.Counter()  # type: Dict[str, int]
         self._sizes = collections.OrderedDict()  # type: Dict[str, int]  # bytes of blobs, by digest, as manifests have them
@@ -9700,7 +9830,8 @@ class Daemon:
         print("dfdaemon listening on %s for %s" % (join_host(door.address[0], self.port), mirrored), flush=True)
         while not ended.wait(0.5):  # a signal that comes just before the wait would else be seen after it
             self._blobs.tick()
-        door.stop()
+        door.retire()
+        door.stop(0.5)
         self._blobs.close()
         self._upstream.close()
         self._log.info("daemon ends")
@@ -9718,9 +9849,9 @@ class Daemon:
             elif re.match(r"^https?://[^/?#]+", request.target, re.I):
                 self._proxy(caller, request.target)
             else:
-                raise BadRequest("neither a path nor an http URL: %.200r" % request.target)
+                raise BadRequest("neither a path nor an http URL: %.200r" % bare(request.target))
         except BadUsage as error:  # a host that is none
-            raise BadRequest("%.200r: %s" % (request.target, error))
+            raise BadRequest("%.200r: %s" % (bare(request.target), error))
 
     # -- what is asked ------------------------------------------------------------
 
@@ -9728,6 +9859,8 @@ class Daemon:
         """A path: it is a registry's.  Wire: 11.1"""
         named = re.search(r"[?&]ns=([^&]*)", target)  # containerd says whose mirror it takes us for
         inside = re.match(r"^/v2/([^/?]+)/", target)  # podman is told to say it so
+        if not named and len(self._registries) > 1 and self._reception.receives(caller, target):
+            return
         if inside and not named and any(registry.name == inside.group(1) for registry in self._registries[1:]):
             registry, target = self._registry(inside.group(1)), "/v2/" + target[inside.end():]
         else:
@@ -9751,11 +9884,15 @@ class Daemon:
     def _proxy(self, caller: Caller, url: str) -> None:
         """A whole URL: the first rule that matches decides.  Wire: 11.1"""
         if not re.match(r"^https?://[^/?#]+", url, re.I):
-            raise BadRequest("not an http URL: %.200r" % url)
+            raise BadRequest("not an http URL: %.200r" % bare(url))
         try:
             host, port = split_host(urlsplit(url).netloc.rpartition("@")[2], 80)
         except ValueError as error:
-            raise BadRequest("%.200r: %s" % (url, error))
+            raise BadRequest("%.200r: %s" % (bare(url), error))
+        user, at, _ = urlsplit(url).netloc.rpartition("@")
+        if at:  # from here on it is a header like any other, which is shown to nobody else
+            caller.request.headers.setdefault("authorization", request_url(url)[1])
+            url = url.replace(user + at, "", 1)
         if port == self.port and host in ("127.0.0.1", "localhost", "::1", caller.request.server):
             parts = urlsplit(url)
             return self._mirror(caller, (parts.path or "/") + ("?" + parts.query if parts.query else ""))
@@ -9806,7 +9943,7 @@ class Daemon:
         Wire: 16 (2)
         """
         credentials = origin.credentials()
-        if blob.proven.get(credentials, 0.0) >= time.monotonic():
+        if blob.may_have(credentials):
             return True
         connection, answer = self._upstream.ask("HEAD", origin.url, headers)
         answer.read()
@@ -9818,7 +9955,7 @@ class Daemon:
         if urlsplit(origin.url).netloc != urlsplit(blob.url).netloc:
             blob.length(caller.gone)  # of a blob that has begun there is something to hold it against
             origin.prove(0, blob.progress()["bytes"] or 0, blob.read_at)
-        blob.proven[credentials] = time.monotonic() + PROVEN_S
+        blob.prove(credentials)
         return True
 
     def _send_blob(self, caller: Caller, blob: Blob, url: str, passed: List[Tuple[str, str]]) -> None:
@@ -9848,7 +9985,7 @@ class Daemon:
     def _send_rest(self, caller: Caller, blob: Blob, url: str, passed: List[Tuple[str, str]], where: Tuple[int, int, int]) -> None:
         """Send what is still missing of a blob, of which bytes [0, at) are in `fd`, straight from its origin; its end only if it is right.
 
-        Raises BadGateway, WrongBytes, CannotRead.
+        Raises BadGateway, NetworkError, SourceError, WrongBytes, CannotRead.
         """
         fd, at, length = where
         self._count("fallbacks")
@@ -9859,22 +9996,40 @@ class Daemon:
                 raise CannotRead("%s: the file is shorter than it was" % blob.name)
             digest.update(data)
             done += len(data)
-        url, connection, answer = self._ask("GET", url, passed + [("range", "bytes=%d-" % at)], None, 0, follow=True)
-        try:
-            if answer.status != 206 or answer.getheader("Content-Range", "") != "bytes %d-%d/%d" % (at, length - 1, length):
-                raise BadGateway("%s answers %d to a range" % (blob.name, answer.status))
-            held = b""
-            for data in self._body(url, answer):
-                digest.update(data)
-                held += data
-                caller.send(held[:-blob.HELD])
-                self._count("blob_bytes", max(0, len(held) - blob.HELD))
-                held = held[-blob.HELD:]
-            if digest.hexdigest() != blob.digest:
-                raise WrongBytes(blob.name, blob.digest, digest.hexdigest())
-            caller.send(held)
-        finally:
-            self._upstream.done(url, connection, answer)
+        held = b""
+        for data in self._rest(url, passed, at, length, blob.name):
+            digest.update(data)
+            held += data
+            caller.send(held[:-blob.HELD])
+            self._count("blob_bytes", max(0, len(held) - blob.HELD))
+            held = held[-blob.HELD:]
+        if digest.hexdigest() != blob.digest:
+            raise WrongBytes(blob.name, blob.digest, digest.hexdigest())
+        caller.send(held)
+        self._count("blob_bytes", len(held))
+
+    def _rest(self, url: str, passed: List[Tuple[str, str]], at: int, length: int, name: str) -> Iterator[Any]:
+        """Yield bytes [at, length) of a blob straight from its origin, however often that hangs up.  Raises BadGateway, NetworkError."""
+        pauses = iter(self.REST_PAUSES_S)
+        while at < length:
+            began, answer = at, None
+            try:
+                last, connection, answer = self._ask("GET", url, passed + [("range", "bytes=%d-" % at)], None, 0, follow=True)
+                if answer.status != 206 or answer.getheader("Content-Range", "") != "bytes %d-%d/%d" % (at, length - 1, length):
+                    raise SourceError("%s answers %d to a range" % (name, answer.status), answer.status)
+                for data in self._body(last, answer):
+                    data = data[:length - at]
+                    at += len(data)
+                    yield data
+            except (NetworkError, BadGateway) as error:
+                pause_s = 0.0 if at > began else next(pauses, None)
+                if pause_s is None:
+                    raise
+                self._log.warn("%s: %s; once more from byte %d on", name, error, at)
+                time.sleep(pause_s)
+            finally:
+                if answer:
+                    self._upstream.done(last, connection, answer)
 
     @staticmethod
     def _blob_headers(blob: Blob) -> List[Tuple[str, str]]:
@@ -9900,7 +10055,7 @@ class Daemon:
         headers = [pair for pair in self._forwarded(caller.request.headers) if pair[0] not in ("host", "content-length", "expect")]
         method = caller.request.method
         if method == "GET" and not caller.has_body and _TOKEN.search(url) and "/v2/" not in url:
-            token = self._tokens.ask((url, tuple(sorted(headers))), lambda: self._token(url, headers))
+            token = self._fetch_token(url, headers)
             if token:
                 status, reason, passed, data = token
                 caller.answer(status, reason, passed, len(data))
@@ -9928,6 +10083,10 @@ class Daemon:
                 headers = [pair for pair in headers if pair[0] not in ("authorization", "cookie")]
         raise BadGateway("%s redirects in a circle" % urlsplit(asked).netloc)
 
+    def _fetch_token(self, url: str, headers: List[Tuple[str, str]]) -> Optional[Tuple[int, str, List[Tuple[str, str]], bytes]]:
+        """Return what a token server answers, as `_token` does; asked once for all who ask the same meanwhile."""
+        return self._tokens.ask((url, tuple(sorted(headers))), lambda: self._token(url, headers))
+
     def _token(self, url: str, headers: List[Tuple[str, str]]) -> Optional[Tuple[int, str, List[Tuple[str, str]], bytes]]:
         """Return (status, reason, headers, body) of what a token server answers; None when it is no token.  Raises BadGateway."""
         connection, answer = self._upstream.ask("GET", url, headers)
@@ -9947,7 +10106,7 @@ class Daemon:
         except ValueError:
             following = ""
         if not re.match(r"^https?://[^/?#]+", following, re.I):
-            raise BadGateway("%s redirects to what is no http URL: %.200r" % (url, onward))
+            raise BadGateway("%s redirects to what is no http URL: %.200r" % (bare(url), bare(onward)))
         return following
 
     @staticmethod
@@ -9964,13 +10123,11 @@ class Daemon:
         if registry:
             headers = [(name, self._back_to_us(value, registry) if name.lower() == "location" else value) for name, value in headers]
         caller.answer(answer.status, answer.reason, headers, int(length) if _NUMBER.match(length) and answer.status not in (204, 304) else None)
-        manifest = answer.status == 200 and not head and (answer.length or MANIFEST) < MANIFEST and _MANIFEST.search(answer.getheader("Content-Type", ""))
-        seen = b""
-        for data in self._body(url, answer):
+        body = self._body(url, answer)
+        if answer.status == 200 and not head and _MANIFEST.search(answer.getheader("Content-Type", "")):
+            body = self._learning(body, answer.getheader("Content-Encoding", ""))
+        for data in body:
             caller.send(data)
-            seen += data if manifest else b""
-        if manifest:
-            self._learn_sizes(seen)
         caller.end()
 
     @staticmethod
@@ -9990,22 +10147,36 @@ class Daemon:
             try:
                 data = answer.read1(65536 if left is None else min(left, 65536))
             except (http.client.HTTPException, OSError, ValueError) as error:
-                raise BadGateway("%s: %s" % (url.partition("?")[0], error))
+                raise BadGateway("%s: %s" % (bare(url), error))
             if not data and left:
-                raise NetworkError("%s hung up with %d bytes to come" % (url.partition("?")[0], left))
+                raise NetworkError("%s hung up with %d bytes to come" % (bare(url), left))
             if not data:
                 break
             left = left if left is None else left - len(data)
             yield data
         answer.close()  # it has been read to its end: the connection may be used again
 
-    def _learn_sizes(self, manifest: bytes) -> None:
+    def _learning(self, body: Iterator[Any], coding: str) -> Iterator[Any]:
+        """Yield a manifest's body as it comes, its last bytes when its sizes have been noted: an engine acts on them at once."""
+        seen, held = b"", b""
+        for data in body:
+            if held:
+                yield held
+            held = data
+            seen += data if len(seen) <= MANIFEST else b""
+        if len(seen) <= MANIFEST:
+            self._learn_sizes(seen, coding)
+        if held:
+            yield held
+
+    def _learn_sizes(self, manifest: bytes, coding: str) -> None:
         """Note how large the blobs of a manifest are."""
         try:
-            known = json.loads(manifest.decode())
+            text = zlib.decompressobj(47).decompress(manifest, MANIFEST) if coding in ("gzip", "deflate") else manifest
+            known = json.loads(text.decode())
             parts = [known["config"]] + known["layers"]
             sizes = {str(part["digest"]).partition("sha256:")[2]: int(part["size"]) for part in parts}
-        except (ValueError, KeyError, TypeError):  # an index of manifests, or an old form
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, zlib.error):  # an index of manifests, an old form, or nonsense
             return
         with self._lock:
             self._sizes.update(sizes)
@@ -10206,8 +10377,7 @@ class EngineSettings:
         if self.engine == "podman":
             return [self._own(path("containers", "registries.conf.d", "50-dfly.conf"), self._podman())]
         config = path("containerd", "config.toml")
-        folder = re.search(r'^\s*config_path\s*=\s*"([^"]+)"', (self._read(config) or b"").decode("utf-8", "replace"), re.M)
-        hosts = os.path.join(folder.group(1) if folder else path("containerd", "certs.d"), "_default", "hosts.toml")
+        hosts = os.path.join(self._hosts_folder(self._read(config)), "_default", "hosts.toml")
         return [self._own(hosts, '[host."%s"]\n  capabilities = ["pull", "resolve"]\n' % self._url),
                 (config, functools.partial(self._into_toml, config), self._out_of_toml)]
 
@@ -10261,26 +10431,48 @@ class EngineSettings:
 
     # -- containerd's config.toml: its CRI plugin looks into a folder of hosts only if told so -----------
 
+    #: What the plugin is called in each version of the file; one that names none has the first.
+    CRI = {"1": "cri", "2": "io.containerd.grpc.v1.cri", "3": "io.containerd.cri.v1.images"}
+    INSTEAD = ", in the place of "
+    _PATH = re.compile(r"""^[^\S\n]*config_path\s*=\s*(["'])([^"'\n]*)\1[^\n]*(\n|$)""", re.M)
+
+    def _hosts_folder(self, config: Optional[bytes]) -> str:
+        """Return where containerd looks for hosts: the first of several, as its 2.1 does."""
+        found = self._PATH.search((config or b"").decode("utf-8", "replace"))
+        return (found.group(2).split(":")[0] if found else "") or os.path.join(self._etc, "containerd", "certs.d")
+
     def _into_toml(self, path: str, now: Optional[bytes]) -> bytes:
         text = (now or b"").decode("utf-8", "surrogateescape")
-        if re.search(r"^\s*config_path\s*=\s*\"[^\"]", text, re.M):
+        there = self._PATH.search(text)
+        if there and there.group(2):
             return now or b""
-        if re.search(r"^\s*\[plugins\..*\.registry\.(mirrors|configs)", text, re.M):
+        if re.search(r"^\s*\[plugins\..*\.registry\.(mirrors|configs)\.", text, re.M):
             raise BadUsage("%s: has registry.mirrors or registry.configs, which containerd does not take together with a folder of hosts" % path)
-        line = 'config_path = "%s"  %s\n' % (os.path.join(self._etc, "containerd", "certs.d"), OURS)
-        section = re.search(r'^\s*\[plugins\.(["\'])io\.containerd\.grpc\.v1\.cri\1\.registry\][^\n]*(\n|$)', text, re.M)
-        empty = re.search(r'^[^\S\n]*config_path\s*=\s*""[^\n]*\n', text, re.M)
-        if empty:
-            raise BadUsage("%s: has an empty config_path: make it %s" % (path, line.partition("=")[2].partition("#")[0].strip()))
+        setting = 'config_path = "%s"' % os.path.join(self._etc, "containerd", "certs.d")
+        if there:  # an empty one, as `containerd config default` prints
+            indent, old = re.match(r"(\s*)(.*)", there.group(0)).groups()  # type: ignore[union-attr]
+            line = "%s%s  %s%s%s%s" % (indent, setting, OURS, self.INSTEAD, old, there.group(3))
+            return (text[:there.start()] + line + text[there.end():]).encode("utf-8", "surrogateescape")
+        version = re.search(r"^\s*version\s*=\s*(\d+)", text, re.M)
+        plugin = self.CRI.get(version.group(1) if version else "1" if text.strip() else "2")
+        if not plugin:
+            raise BadUsage("%s: of a version that is not known here: add %s for its CRI plugin by hand" % (path, setting))
+        line = "%s  %s\n" % (setting, OURS)
+        section = re.search(r"""^\s*\[plugins\.(["']?)%s\1\.registry\][^\n]*(\n|$)""" % re.escape(plugin), text, re.M)
         if section:
-            return (text[:section.end()] + line + text[section.end():]).encode("utf-8", "surrogateescape")
+            gap = "" if section.group(0).endswith("\n") else "\n"
+            return (text[:section.end()] + gap + line + text[section.end():]).encode("utf-8", "surrogateescape")
         start = "" if text else "version = 2  %s\n" % OURS
         gap = "" if not text or text.endswith("\n") else "\n"
-        return (text + gap + start + '[plugins."io.containerd.grpc.v1.cri".registry]  %s\n' % OURS + line).encode("utf-8", "surrogateescape")
+        name = '"%s"' % plugin if "." in plugin else plugin
+        return (text + gap + start + "[plugins.%s.registry]  %s\n" % (name, OURS) + line).encode("utf-8", "surrogateescape")
 
     @staticmethod
     def _out_of_toml(now: Optional[bytes]) -> Optional[bytes]:
-        left = b"".join(line for line in (now or b"").splitlines(True) if OURS.encode() not in line)
+        before, ours, instead = (text.encode() for text in ("config_path", OURS, EngineSettings.INSTEAD))
+        lines = [line if ours not in line else line.partition(before)[0] + line.partition(ours + instead)[2] if ours + instead in line else b""
+                 for line in (now or b"").splitlines(True)]
+        left = b"".join(lines)
         return left if left or not now else None
 
 

@@ -85,7 +85,7 @@ def one_round(world, registry, image, large, number):
 
 def main():
     rounds, size = (int(text) for text in (sys.argv[1:] + ["5", "60"][len(sys.argv) - 1:])[:2])
-    world, rows = worlds.World(), []
+    world, rows = worlds.World(warnings=False), []  # Python's development mode is for tests
     try:
         registry, image = Registry(world), Image(world, random.Random(1).getrandbits(8 * size << 20).to_bytes(size << 20, "little"))
         image.push(registry.port, name=NAME)

@@ -1,4 +1,5 @@
 """The registry mirror and proxy: what a container engine sees, and what the registry behind it does."""
+import base64
 import hashlib
 import http.server
 import os
@@ -353,6 +354,26 @@ def test_as_a_proxy_rules_decide(origin, supernode, host, blob):
     assert daemon.ask(plain, "HEAD").status == 200
 
 
+def test_what_a_url_says_of_its_user_is_written_nowhere(origin, supernode, host, blob):
+    supernode()
+    here, good = host(), "Basic " + base64.b64encode(b"me:secret-word").decode()
+    daemon = here.daemon(base(origin), "--proxy", "[.]bin$")
+    with_user = origin.base.replace("://", "://me:secret-word@")
+    for name, data in (("a.bin", blob(2 * MB)), ("b.txt", b"text")):
+        origin.put(name, data, auth=good)
+        assert daemon.ask(with_user + name).body == data
+        assert daemon.ask(origin.base + name).status == 401
+    origin.put("cut", b"x" * MB, cut_after=1000)
+    for url in (with_user + "cut?Signature=secret-word", "http://me:secret-word@127.0.0.1:1/x?Signature=secret-word", "http://me:secret-word@127.0.0.1:99999/"):
+        daemon.ask(url)
+    daemon.stop()
+    for folder, _, names in os.walk(here.home):
+        for path in [os.path.join(folder, name) for name in names]:
+            with open(path, "rb") as file:
+                text = file.read()
+            assert b"secret-word" not in text and good[6:].encode() not in text, path
+
+
 def test_what_has_no_digest_is_asked_for_anew(origin, supernode, host, blob):
     supernode("--task-expire-time", "1s")
     url = origin.put("latest.rpm", blob(MB, 1))
@@ -443,6 +464,29 @@ def test_sigterm_in_the_middle_ends_everything_at_once_and_a_restart_goes_on(ori
     wait_for(lambda: not alive(companion), 10, "the uploader's end")
     origin.release(path[1:])
     whole(here.daemon(base(origin)).ask(path), data)
+
+
+def test_sigterm_lets_what_moves_come_to_its_end_and_nobody_in(origin, supernode, host, blob):
+    supernode()
+    data, here = blob(6 * MB), host()
+    path, slow = layer(origin, data, rate=4 * MB), b"x" * MB
+    origin.put("v2/slow", slow, rate=MB)
+    daemon, answers = here.daemon(base(origin)), {}
+    asking = [threading.Thread(target=lambda path=path: answers.update({path: daemon.ask(path)})) for path in (path, "/v2/slow")]
+    with socket.create_connection(daemon.address, 20) as idle:
+        for thread in asking:
+            thread.start()
+        wait_for(lambda: daemon.metric("blob_bytes_total") > 0 and daemon.metric("relayed_total") > 0)
+        daemon.proc.terminate()
+        assert idle.recv(1) == b"", "an idle connection is closed"
+        with pytest.raises(OSError):
+            socket.create_connection(daemon.address, 20)
+        assert daemon.running()
+    for thread in asking:
+        thread.join()
+    whole(answers[path], data)
+    whole(answers["/v2/slow"], slow)
+    assert daemon.proc.wait(5) == 0
 
 
 def test_a_killed_daemon_s_halves_are_used(origin, host, blob):

@@ -1,4 +1,6 @@
 """A daemon's blobs beyond the plain case: of several registries, small, kept over a restart, finished straight from the registry; and its status."""
+import gzip
+import http.client
 import json
 import os
 import subprocess
@@ -114,11 +116,33 @@ def test_a_blob_that_its_manifest_calls_small_comes_straight(origin, supernode, 
     assert daemon.metric("blobs_total") == 1
 
 
+@pytest.mark.parametrize("how", [{}, {"length": False}, {"gzip": True}], ids=["plain", "chunked", "gzip"])
+def test_an_engine_that_acts_on_a_manifest_s_last_byte_is_not_too_fast(origin, supernode, host, how):
+    """podman asks for the config, which is small, on another connection as soon as it has the manifest."""
+    supernode()
+    daemon = host().daemon(base(origin))
+    for number in range(25):
+        config = b"config %d" % number
+        path, part = layer(origin, config), {"digest": "sha256:" + sha256(config), "size": len(config)}
+        manifest = json.dumps({"schemaVersion": 2, "config": part, "layers": []}).encode()
+        origin.put("v2/app/manifests/1", manifest, headers=(("Content-Type", MANIFEST),), **how)
+        asking = http.client.HTTPConnection(*daemon.address, timeout=20)
+        asking.request("GET", "/v2/app/manifests/1", headers={"Accept-Encoding": "gzip"})
+        body = asking.getresponse().read()
+        whole(daemon.ask(path), config)
+        asking.close()
+        assert (gzip.decompress(body) if "gzip" in how else body) == manifest
+    assert daemon.metric("blobs_total") == 0
+
+
 def test_manifests_that_are_none_do_no_harm(origin, host):
     daemon = host().daemon(base(origin))
-    for text in (b"", b"[]", b"{", b"\xff", b'{"config": 1, "layers": []}', b'{"config": {"digest": "sha256:a", "size": "x"}, "layers": []}'):
+    for text in (b"", b"[]", b"{", b"\xff", b'{"config": 1, "layers": []}', b'{"config": {"digest": "sha256:a", "size": "x"}, "layers": []}',
+                 b'{"config": {"digest": "sha256:a", "size": 1e999}, "layers": []}', b"[" * 100000):
         origin.put("v2/app/manifests/1", text, headers=(("Content-Type", MANIFEST),))
         assert daemon.ask("/v2/app/manifests/1").body == text
+    origin.put("v2/app/manifests/1", b"no gzip", headers=(("Content-Type", MANIFEST), ("Content-Encoding", "gzip")))
+    assert daemon.ask("/v2/app/manifests/1").body == b"no gzip"
 
 
 def test_the_same_token_is_asked_for_once_by_many(origin, host):
@@ -146,7 +170,9 @@ def test_the_same_token_is_asked_for_once_by_many(origin, host):
 
 # ---- when the swarm fails in the middle -----------------------------------------------------------------------------------
 
-def test_the_rest_of_a_blob_comes_from_its_registry(origin, supernode, host, blob):
+@pytest.mark.parametrize("then", [{}, {"cut_after": 700000}], ids=["well", "cut"])
+def test_the_rest_of_a_blob_comes_from_its_registry(origin, supernode, host, blob, then):
+    """However often that hangs up."""
     node, data = supernode(), blob(8 * MB)
     path = layer(origin, data, stall_after=5 * MB, once=True)
     daemon, answers = host().daemon(base(origin), "--notbs"), []
@@ -154,6 +180,7 @@ def test_the_rest_of_a_blob_comes_from_its_registry(origin, supernode, host, blo
     asking.start()
     wait_for(lambda: node.bytes_sent() > 3 * MB)
     wait_for(lambda: daemon.metric("blob_bytes_total") > MB)
+    origin.change(path[1:], **then)
     node.kill()
     asking.join()
     whole(answers[0], data)

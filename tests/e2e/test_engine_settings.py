@@ -11,6 +11,8 @@ URL = "http://127.0.0.1:65001"
 ENGINES = ("docker", "containerd", "podman")
 CRI = '[plugins."io.containerd.grpc.v1.cri".registry]'
 
+CRI_3 = "[plugins.'io.containerd.cri.v1.images'.registry]"
+
 
 class Etc:
     """A folder of settings, and the command that changes it."""
@@ -53,7 +55,10 @@ def etc(world):
 
 THERE = {
     "docker": ("docker/daemon.json", ['{}', '{"debug":true,\n  "registry-mirrors" : ["https://m.example"]}', '{"log-level": "warn", "hosts": ["unix:///x"]}\n\n', ""]),
-    "containerd": ("containerd/config.toml", ["version = 2\n", "version = 2\n" + CRI + "\n  [x]\n y = 1", 'root = "/r"', CRI + '\nconfig_path = "/etc/somewhere"\n']),
+    "containerd": ("containerd/config.toml", ["version = 2\n", "version = 2\n" + CRI + "\n  [x]\n y = 1", 'root = "/r"', CRI + '\nconfig_path = "/etc/somewhere"\n', CRI,
+                                               CRI + '\n  config_path = ""\n  ' + CRI.replace("]", ".mirrors]") + "\n",
+                                               "version = 3\n" + CRI_3 + "\n  config_path = ''  # none\n  [x]\n", "version = 3\n" + CRI_3,
+                                               "version = 3\n", CRI_3 + '\nconfig_path = "/etc/somewhere:/etc/elsewhere"\n', "# nothing\n"]),
     "podman": ("containers/registries.conf", ['unqualified-search-registries = ["docker.io"]\n']),
 }
 
@@ -96,11 +101,31 @@ def test_containerd_keeps_what_was_changed_meanwhile(etc):
     assert etc.files() == {"containerd/config.toml": b'root = "/r"\nversion = 2\n  [plugins.x]\n'}
 
 
+@pytest.mark.parametrize("text,plugin", [
+    (None, "io.containerd.grpc.v1.cri"), ("version = 2", "io.containerd.grpc.v1.cri"), ('root = "/r"\n', "cri"), ("version = 3\n", "io.containerd.cri.v1.images")])
+def test_containerd_s_setting_is_where_its_version_looks_for_it(etc, text, plugin):
+    if text:
+        etc.put("containerd/config.toml", text)
+    etc.run("--install", "containerd")
+    found = etc.text("containerd/config.toml").replace('"%s"' % plugin, plugin)
+    assert "[plugins.%s.registry]" % plugin in found and 'config_path = "%s"' % etc.path("containerd/certs.d") in found
+
+
+def test_containerd_s_own_default_keeps_its_form(etc):
+    text = CRI + '\n      config_path = ""\n'
+    etc.put("containerd/config.toml", text)
+    etc.run("--install", "containerd")
+    assert etc.text("containerd/config.toml").startswith(CRI + '\n      config_path = "%s"  #' % etc.path("containerd/certs.d"))
+    etc.put("containerd/config.toml", etc.text("containerd/config.toml") + "# more\n")
+    etc.run("--uninstall", "containerd")
+    assert etc.text("containerd/config.toml") == text + "# more\n"
+
+
 @pytest.mark.parametrize("engine,name,text", [
     ("docker", "docker/daemon.json", "{"), ("docker", "docker/daemon.json", "[]"), ("docker", "docker/daemon.json", '{"registry-mirrors": 1}'),
     ("docker", "docker/daemon.json", "\xff"),
     ("containerd", "containerd/config.toml", CRI.replace("]", '.mirrors."docker.io"]') + "\n"),
-    ("containerd", "containerd/config.toml", CRI + '\n  config_path = ""\n'),
+    ("containerd", "containerd/config.toml", "version = 4\n"),
     ("containerd", "containerd/certs.d/_default/hosts.toml", 'server = "https://m.example"\n'),
     ("podman", "containers/registries.conf.d/50-dfly.conf", "# mine\n"),
 ])

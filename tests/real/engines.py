@@ -17,16 +17,24 @@ class Engine:
     def __init__(self, world, host):
         self.world, self.folder = world, os.path.join(host.dir, self.NAME)
         self.etc = os.path.join(host.dir, "etc")
-        os.makedirs(self.folder, exist_ok=True)
+        self.env = {"TMPDIR": os.path.join(self.folder, "tmp")}  # a dockerd that ends slowly leaves a dump of its containerd there
+        os.makedirs(self.env["TMPDIR"], exist_ok=True)
         os.makedirs(self.etc, exist_ok=True)
 
     def run(self, argv, code=0, env=None, limit=90):
-        result = Command(self.world, self.NAME, argv, env=env).wait(limit)
+        result = Command(self.world, self.NAME, argv, env=dict(self.env, **(env or {}))).wait(limit)
         assert (result.code == 0) == (code == 0), result.out + result.stderr
         return result
 
     def close(self):
         """End what runs."""
+
+    def store_account(self, address, user, name):
+        """Write the file of accounts with one for whoever listens at an address; return its path."""
+        path = os.path.join(self.folder, name)
+        with open(path, "w") as file:
+            json.dump({"auths": {address: {"auth": base64.b64encode(user.encode()).decode()}} if user else {}}, file)
+        return path
 
 
 class Docker(Engine):
@@ -43,7 +51,7 @@ class Docker(Engine):
         self._server = Command(self.world, "dockerd", [
             program("dockerd"), "--config-file", os.path.join(self.etc, "docker", "daemon.json"), "--data-root", os.path.join(self.folder, "data"),
             "--exec-root", os.path.join(self.folder, "exec"), "--pidfile", os.path.join(self.folder, "pid"), "-H", self._socket,
-            "--iptables=false", "--ip6tables=false", "--bridge=none", "--storage-driver=vfs"])
+            "--iptables=false", "--ip6tables=false", "--bridge=none", "--storage-driver=vfs"], env=self.env)
         wait_for(lambda: "API listen on" in self._server.output() or not self._server.running(), 60, "dockerd")
         assert self._server.running(), self._server.output()
 
@@ -58,6 +66,15 @@ class Docker(Engine):
     def forget(self, name):
         """Remove an image."""
         self.run(self.command("rmi", name))
+
+    def pull_by_name(self, daemon, name, user="", code=0):
+        """Pull an image that is asked of the daemon itself; return its id."""
+        self.store_account("127.0.0.1:%d" % daemon.address[1], user, "config.json")
+        return self.pull("127.0.0.1:%d/%s" % (daemon.address[1], name), code=code)
+
+    def forget_by_name(self, daemon, name):
+        """Remove such an image."""
+        self.forget("127.0.0.1:%d/%s" % (daemon.address[1], name))
 
     def close(self):
         if self._server:
@@ -80,7 +97,7 @@ class Containerd(Engine):
             text = file.read()
         with open(os.path.join(self.folder, "config.toml"), "w") as file:
             file.write(self.CONFIG % (os.path.join(self.folder, "root"), os.path.join(self.folder, "state"), self._socket) + text)
-        self._server = Command(self.world, "containerd", [program("containerd"), "-c", os.path.join(self.folder, "config.toml")])
+        self._server = Command(self.world, "containerd", [program("containerd"), "-c", os.path.join(self.folder, "config.toml")], env=self.env)
         wait_for(lambda: os.path.exists(self._socket) and "successfully booted" in self._server.output() or not self._server.running(), 60, "containerd")
         assert self._server.running(), self._server.output()
 
@@ -118,10 +135,7 @@ class Podman(Engine):
         """Return the flags of a pull whose mirror gets `user`, NAME:PASSWORD: podman shows a mirror nobody else's credentials."""
         with open(os.path.join(self.etc, "containers", "registries.conf.d", "50-dfly.conf")) as file:
             mirror = re.findall(r'location = "([^"/]+)', file.read())[-1]
-        path = os.path.join(self.folder, "auth.json")
-        with open(path, "w") as file:
-            json.dump({"auths": {mirror: {"auth": base64.b64encode(user.encode()).decode()}}}, file)
-        return ("--authfile", path)
+        return ("--authfile", self.store_account(mirror, user, "auth.json"))
 
     def start(self):
         """It has no server."""
@@ -138,6 +152,21 @@ class Podman(Engine):
         result = self.run(self.command("pull", "-q", "--signature-policy", os.path.join(self.folder, "policy.json"), *flags, "docker.io/" + name),
                           code=code, env={"CONTAINERS_REGISTRIES_CONF": settings, "CONTAINERS_REGISTRIES_CONF_DIR": self.folder})
         return "" if code else "sha256:" + result.out.split()[-1]
+
+    def pull_by_name(self, daemon, name, user="", code=0):
+        """Pull an image whose mirror the daemon is, and nobody else; return its id."""
+        address = "127.0.0.1:%d" % daemon.address[1]
+        settings = os.path.join(self.folder, "by_name.conf")
+        with open(settings, "w") as file:
+            file.write('[[registry]]\nlocation = "%s"\ninsecure = true\n' % address)
+        result = self.run(self.command("pull", "-q", "--signature-policy", os.path.join(self.folder, "policy.json"), "--authfile",
+                                       self.store_account(address, user, "by_name.json"), address + "/" + name),
+                          code=code, env={"CONTAINERS_REGISTRIES_CONF": settings, "CONTAINERS_REGISTRIES_CONF_DIR": self.folder})
+        return "" if code else "sha256:" + result.out.split()[-1]
+
+    def forget_by_name(self, daemon, name):
+        """Remove such an image."""
+        self.run(self.command("rmi", "127.0.0.1:%d/%s" % (daemon.address[1], name)))
 
     def forget(self, name):
         """Remove an image."""

@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 import tarfile
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -45,7 +46,7 @@ class Registry(Command):
 
     def __init__(self, world, protected=False, tokens=None, tls=None, tell=None):
         self.port = dead_port()
-        folder = os.path.join(world.root, "registry")
+        folder = os.path.join(world.root, "registry%d" % self.port)
         os.makedirs(folder)
         with open(os.path.join(folder, "passwords"), "w") as file:
             file.write(PASSWORD + "\n")
@@ -60,10 +61,10 @@ class Registry(Command):
         with socket.socket() as s:
             return s.connect_ex(("127.0.0.1", self.port)) == 0
 
-    def blobs_sent(self):
-        """Return {digest: how many times it was sent} from the access log."""
+    def blobs_sent(self, status="20[06]"):
+        """Return {digest: how many times it was sent} from the access log; those parts that prove that it is there have 206."""
         sent = {}
-        for digest in re.findall(r'"GET /v2/\S+/blobs/sha256:([0-9a-f]{64}) HTTP/1.1" 20[06]', self.stdout):
+        for digest in re.findall(r'"GET /v2/\S+/blobs/sha256:([0-9a-f]{64}) HTTP/1.1" ' + status, self.stdout):
             sent[digest] = sent.get(digest, 0) + 1
         return sent
 
@@ -127,10 +128,11 @@ class Image:
 
 
 class TokenServer:
-    """Gives tokens for everything to me:secret; `asked` has the queries of those that it gave."""
+    """Gives tokens for everything to me:secret, or to strangers, too; `asked` has the queries of those that it gave."""
 
-    def __init__(self, world):
-        self.key, self.certificate = os.path.join(world.root, "tokens.key"), os.path.join(world.root, "tokens.pem")
+    def __init__(self, world, open_to_all=False):
+        folder = tempfile.mkdtemp(prefix="tokens", dir=world.root)
+        self.key, self.certificate = os.path.join(folder, "tokens.key"), os.path.join(folder, "tokens.pem")
         subprocess.run([program("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=tests", "-days", "2",
                         "-keyout", self.key, "-out", self.certificate], check=True, stderr=subprocess.DEVNULL)
         self.asked = []
@@ -139,7 +141,7 @@ class TokenServer:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 user = self.headers.get("Authorization", "")
-                self.answer(urllib.parse.urlsplit(self.path).query, user == "Basic " + base64.b64encode(b"me:secret").decode())
+                self.answer(urllib.parse.urlsplit(self.path).query, open_to_all and not user or user == "Basic " + base64.b64encode(b"me:secret").decode())
 
             def do_POST(self):  # as containerd asks
                 form = self.rfile.read(int(self.headers["Content-Length"])).decode()

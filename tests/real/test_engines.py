@@ -1,4 +1,5 @@
 """docker, containerd and podman themselves, with the settings that `dfly.py daemon --install` writes, pull through the swarm."""
+import base64
 import json
 import os
 import subprocess
@@ -109,6 +110,34 @@ def test_a_token_is_the_engine_s_own(world, supernode, host, blob, engines, clos
             for path in [os.path.join(folder, name) for name in names if not name.endswith(".sock")]:
                 with open(path, "rb") as file:
                     assert token.encode() not in file.read(), path
+
+
+@pytest.mark.parametrize("name", ["podman", "docker"])
+def test_registries_beside_the_first_have_tokens_of_their_own(world, supernode, host, blob, engines, closing, name):
+    """podman and docker ask for tokens before they say which registry they mean, and for a repository with the registry's name before it."""
+    supernode()
+    image, addresses, registries = Image(world, blob(3 * MB, 1)), {}, []
+    for number, want in enumerate(("first", "open", "password", "plain")):
+        tokens = TokenServer(world, open_to_all=want == "open") if want != "plain" and want != "password" else None
+        closing.extend([tokens] if tokens else [])
+        registries.append(Registry(world, tokens=tokens, protected=want == "password"))
+        image.push(registries[-1].port, *(("--dest-creds", "me:secret") if want != "plain" else ()), name="team/app:1")
+        addresses[want] = registries[-1].url
+    engine, daemon = engines(name, host(), addresses["first"], "--small", "0", "--mirror", "open.example=" + addresses["open"],
+                             "--mirror", "password.example=" + addresses["password"], "--mirror", "plain.example=" + addresses["plain"])
+    for want in ("open", "plain"):
+        assert engine.pull_by_name(daemon, want + ".example/team/app:1") == image.id
+        engine.forget_by_name(daemon, want + ".example/team/app:1")
+    engine.pull_by_name(daemon, "password.example/team/app:1", code=1)
+    engine.pull_by_name(daemon, "team/app:1", code=1)
+    for want in ("password.example/", ""):
+        assert engine.pull_by_name(daemon, want + "team/app:1", user="me:secret") == image.id
+        engine.forget_by_name(daemon, want + "team/app:1")
+    assert sum(sum(registry.blobs_sent("200").values()) for registry in registries) == len(image.blobs), "one of them has sent them"
+    for folder, _, names in os.walk(os.path.join(engine.folder, os.pardir, "home")):
+        for path in [os.path.join(folder, name) for name in names if not name.endswith(".sock")]:
+            with open(path, "rb") as file:
+                assert base64.b64encode(b"me:secret") not in file.read(), path
 
 
 # ---- what breaks midway ---------------------------------------------------------------------------------------------------
