@@ -177,6 +177,10 @@ class TimedOut(NetworkError):
     why = "stalled"
 
 
+class HungUp(NetworkError):
+    """Somebody took our connection, and ended it before he had answered."""
+
+
 class TlsError(DflyError):
     """The other side's certificate is not trusted, or TLS could not be agreed on."""
     exit, reason, code = 5, REASON_SOURCE, URL_UNREACHABLE
@@ -2236,7 +2240,7 @@ class HttpLink:
         except (BlockingIOError, socket.timeout):
             raise TimedOut("%s does not take our request" % self)
         except OSError as error:
-            raise NetworkError("%s: %s" % (self, error.strerror))
+            raise HungUp("%s: %s" % (self, error.strerror))
 
     def receive(self, view: Any, behind: int = 0) -> int:
         """Fill `view`, or a good part of it, as far as the connection's time limit allows; return the count, 0 at the end.
@@ -2276,9 +2280,9 @@ class HttpLink:
         except (BlockingIOError, socket.timeout):
             raise TimedOut("%s is silent" % self)
         except OSError as error:
-            raise NetworkError("%s: %s" % (self, error.strerror))
+            raise HungUp("%s: %s" % (self, error.strerror))
         if not data:
-            raise NetworkError("%s hung up" % self)
+            raise HungUp("%s hung up" % self)
         self._ahead += data
 
     def read_exactly(self, count: int) -> bytes:
@@ -7871,7 +7875,7 @@ class Download:
         self._share_at = 0.0
         self._md5 = None  # type: Optional[Md5Follower]
         self._old_md5 = ""  # what an old supernode says at the end
-        self._served = False  # a supernode has taken us in
+        self._served = False  # a supernode has taken us in, or was about to
         self._peers = set()  # type: Set[str]
 
     def _target(self) -> str:
@@ -7975,6 +7979,7 @@ class Download:
                 registration = self._register(node)
             except (NetworkError, Migrate) as error:
                 self.log.warn("supernode %s: %s", node, error)
+                self._served = self._served or isinstance(error, HungUp)
                 last, self.reason = error, self.reason or REASON_REGISTER
                 continue
             self._served = True
@@ -8173,6 +8178,8 @@ class Download:
         """Go on with what an earlier run or another supernode has left, or begin anew.  Raises NoSpace, CannotWrite."""
         about = {"task": self.task_id, "url": self.task_url, "version": version}
         if self.store and self._fits(self.store, length, size, version):
+            if length is not None:
+                self.store.set_length(length)
             return
         if self.store:
             self.store.close()

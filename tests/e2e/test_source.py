@@ -85,6 +85,22 @@ def test_the_second_node_takes_over_and_pieces_are_kept(origin, supernode, host,
     assert other.bytes_sent() <= 6 * MB, "verified pieces were thrown away"
 
 
+def test_a_node_that_knows_the_length_takes_over_from_one_that_did_not(origin, supernode, host, blob):
+    """The last piece is shorter than the rest: who goes on must have heard so."""
+    first, second = supernode(), supernode()
+    data = blob(8 * MB + 5)
+    url = origin.put("f", data, length=False)
+    host().get(url, node=second.node, check=data)
+    origin.change("f", stall_after=5 * MB)
+    command = host().start(url, "-e", "40", node="%s=9999,%s" % (first.node, second.node))
+    wait_for(lambda: first.bytes_sent() >= 3 * MB, 20)
+    first.kill()
+    before = second.bytes_sent()
+    result = good(command.wait(), data)
+    assert result.reason == 0 and "migrated to node:" in result.stdout, result.out
+    assert second.bytes_sent() - before <= 6 * MB, "verified pieces were thrown away"
+
+
 def test_a_dead_node_in_front_is_passed_over(origin, supernode, host, blob):
     node = supernode()
     data = blob(2 * MB)
