@@ -2514,12 +2514,11 @@ class TaskFile:
             self._own(os.O_RDWR | os.O_CREAT)
             os.ftruncate(self._fd, 0)
             self._rewrite()
-        except OSError as error:
+        except (OSError, DflyError) as error:
+            if self._fd >= 0:  # else it is another's
+                self.delete()
             self.close()
-            raise os_error(error, data)
-        except DflyError:
-            self.close()
-            raise
+            raise os_error(error, data) if isinstance(error, OSError) else error
         return self
 
     @classmethod
