@@ -6259,20 +6259,37 @@ class Supernode:
         query = request.query
         with self._swarm.lock:
             task = self._swarm.tasks.get(query.get("taskId", ""))
-            now = self._clock()
-            look = task and task.cdn.store and query.get("dstCid", "").startswith("cdnnode:") and now > task.rechecked_at + 3.0
-            if task and look:
-                task.rechecked_at = now
-        if task and look and task.origin:
-            try:
-                num = task.num_of(query.get("range", ""))
-                if task.cdn.refetch(num, task.origin):
-                    self._log.error("piece %d of %s was damaged on our disk", num, task.task_id)
-                    with self._swarm.lock:
-                        self._swarm.scheduler.unseeded(task.task_id, num, self._clock())
-            except BadRequest:
-                pass
+        try:
+            num = task.num_of(query.get("range", "")) if task and query.get("dstCid", "").startswith("cdnnode:") else -1
+        except BadRequest:
+            num = -1
+        if task and num >= 0 and self._may_look(task):
+            self._look(task, num)
         return Response.of_json({"code": SUCCESS, "msg": "success"})
+
+    def _may_look(self, task: SwarmTask) -> bool:
+        """Return whether a complaint about our own pieces of a task is to be looked into; not each is, since a look costs a read."""
+        with self._swarm.lock:
+            now = self._clock()
+            if not task.cdn.store or now <= task.rechecked_at + 3.0:
+                return False
+            task.rechecked_at = now
+            return True
+
+    def _look(self, task: SwarmTask, num: int) -> None:
+        """Read a piece of ours again; when it is no longer what it was, have it fetched anew."""
+        try:
+            damaged = task.origin and task.cdn.refetch(num, task.origin)
+        except CannotRead as error:
+            self._log.error("piece %d of %s: %s", num, task.task_id, error)
+            return
+        if damaged:
+            self._log.error("piece %d of %s was damaged on our disk", num, task.task_id)
+            with self._swarm.lock:
+                task.rechecked_at = -1e9  # where one is damaged, there are perhaps more
+                if self._swarm.lives(task):
+                    self._swarm.scheduler.unseeded(task.task_id, num, self._clock())
+            self._swarm.after()
 
     def service_down(self, request: Request) -> Response:
         """GET /peer/service/down: a client's uploader no longer has the task.  Wire: 4.3"""
@@ -6310,7 +6327,9 @@ class Supernode:
             began = time.perf_counter()
             with self._swarm.lock:
                 peer.turn += 1
-                self._sync_reports_locked(task, peer, data)
+                doubtful = self._sync_reports_locked(task, peer, data)
+            if doubtful >= 0 and self._may_look(task):
+                threading.Thread(target=self._look, args=(task, doubtful), name="dfly-look", daemon=True).start()
             METRICS.observe("dfly_scheduler_seconds", time.perf_counter() - began)
             wait = self._number(data, "wait", 0, SYNC_WAIT_S, SYNC_WAIT_S)
             state.update(task=task, peer=peer, turn=peer.turn, until=self._clock() + wait)
@@ -6347,7 +6366,9 @@ class Supernode:
             raise BadRequest("%s: %.40r: invalid value" % (name, value))
         return value
 
-    def _sync_reports_locked(self, task: SwarmTask, peer: Peer, data: Dict[str, Any]) -> None:
+    def _sync_reports_locked(self, task: SwarmTask, peer: Peer, data: Dict[str, Any]) -> int:
+        """Take in what a client says; return a piece that was no good as it came from us, -1 if there is none."""
+        doubtful = -1
         scheduler, now = self._swarm.scheduler, self._clock()
         done, failed, have = data.get("done", []), data.get("failed", []), data.get("have", "")
         slots, ahead = int(self._number(data, "slots", 0, 64, 0)), int(self._number(data, "queue", 0, 256, 0))
@@ -6373,10 +6394,13 @@ class Supernode:
                 if not 0 <= int(num) <= most:
                     raise ValueError(num)
                 scheduler.failed(task.task_id, peer.cid, int(num), task.holder(holder), str(why)[:20], now)
+                if task.holder(holder) == SEED and why in (WRONG_BYTES, OTHER):
+                    doubtful = int(num)
                 METRICS.add("dfly_piece_failures_total", why=str(why) if why in (REFUSED, STALLED, WRONG_BYTES, GONE) else OTHER)
         except (TypeError, ValueError, OverflowError) as error:
             raise BadRequest("done, failed or have: %.80s" % error)
         scheduler.request(task.task_id, peer.cid, slots, now, queue=ahead)
+        return doubtful
 
     def _sync_answer(self, task: SwarmTask, peer: Peer) -> Dict[str, Any]:
         if task.cdn.state == CdnTask.FAILED:
@@ -7798,12 +7822,17 @@ class Progress:
         while now - self._marks[0][0] > 1.0:
             then, before = self._marks.popleft()
             self.best = max(self.best, (received - before) / (now - then))
-        if now - self._moved_at > STALL_S and now - self._told_at > STALL_S:
-            self._told_at = now
-            self.line(reason or "waiting: no byte for %s" % show_time(now - self._moved_at))
+        if now - self._moved_at > STALL_S:
+            self.complain(reason or "waiting: no byte for %s" % show_time(now - self._moved_at))
         if self._bar and now - self._drawn_at > (0.2 if self._tty else 5.0):
             self._drawn_at = now
             self._draw(received, length, kept, peers, share)
+
+    def complain(self, reason: str) -> None:
+        """Tell why it does not get on, now and then."""
+        if self._clock() - self._told_at > STALL_S:
+            self._told_at = self._clock()
+            self.line(reason)
 
     def _draw(self, received: int, length: Optional[int], kept: int, peers: int, share: float) -> None:
         then, before = self._marks[0]
@@ -7839,6 +7868,7 @@ class Download:
     ABSENT_S = 2.0  # --notbs: how long supernodes are asked again of which none has answered yet,
     LOST_S = (5.0, 15.0)  # and how long one that has, without a new piece: before back to source, and with --notbs
     AGAIN_S = (0.1, 1.0)  # between two rounds over all supernodes, doubling
+    TROUBLES = 10  # pieces that fail in a row, before that is told
 
     def __init__(self, options: Any, out: Any = None, clock: Callable[[], float] = time.monotonic, content: str = "") -> None:
         self.options = options
@@ -7876,6 +7906,8 @@ class Download:
         self._old_md5 = ""  # what an old supernode says at the end
         self._served = False  # a supernode has taken us in, or was about to
         self._peers = set()  # type: Set[str]
+        self._troubles = 0  # pieces that have failed since the last good one
+        self._trouble = ""  # why, once they are many
 
     def _target(self) -> str:
         """Return the absolute path of the output.  Raises BadUsage, CannotWrite."""
@@ -8133,7 +8165,8 @@ class Download:
         while not line.finished and not (isinstance(line, SyncLine) and store.complete):
             now = self._clock()
             if self._deadline is not None and now > self._deadline:
-                raise Stalled("not finished within the %s allowed; %s" % (show_time(self._deadline - self.began), line.reason or "no reason known"))
+                raise Stalled("not finished within the %s allowed; %s" % (show_time(self._deadline - self.began),
+                                                                        line.reason or self._trouble or "no reason known"))
             limit = 0.2 if self.progress._tty or self.options.totallimit else 0.5
             outcomes = fetchers.drain()
             self._watch(line, fetchers, outcomes)
@@ -8151,9 +8184,19 @@ class Download:
                 raise outcome.error
             if not outcome.error and outcome.order.from_peer:
                 self._peers.add(outcome.order.cid)
+            self._note_trouble(outcome.error)
         if self._md5:
             self._md5.nudge()
         self._share()
+
+    def _note_trouble(self, error: Optional[DflyError]) -> None:
+        """Take note of how a piece ended: bytes that come again and again, and are no piece, are a standstill, too."""
+        if isinstance(error, _Superseded):
+            return
+        self._troubles = self._troubles + 1 if error else 0
+        self._trouble = "waiting: pieces keep failing, the last one: %s" % error if self._troubles >= self.TROUBLES else ""
+        if self._trouble:
+            self.progress.complain(self._trouble)
 
     def _share(self) -> None:
         """Ask the uploader, now and then, for this download's share of the host's limit; without one it may use all of that."""
