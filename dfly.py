@@ -4472,9 +4472,12 @@ class Scheduler:
         wanted = (task.all if task.count is not None else task.seeded) & ~peer.have & ~peer.asked
         holders = [h for h in task.swarm.idle.draw(self.SAMPLE, self._rng) if h is not peer and peer.blocked.get(h.cid, 0) <= now]
         fastest = max([h.host.speed for h in holders] or [0.0]) or 1.0
+        busy = {flight.holder for flight in peer.flights.values()}
         load = {h: 0.0 for h in holders}
         for num in nums_of(wanted)[:count]:
-            able = [h for h in holders if h.offers >> num & 1 and (h.suspensions < 2 or now < peer.seed_retry_at)] if task.seeded >> num & 1 else []
+            able = [h for h in holders if h.offers >> num & 1 and (
+                not h.suspensions or now < peer.seed_retry_at  # else one that has kept others waiting is tried with one piece
+                or h.suspensions < 2 and h not in busy and not load[h])] if task.seeded >> num & 1 else []
             best = min(able, key=lambda h: load[h]) if able else None
             if best:
                 load[best] += fastest / (best.host.speed or fastest)
