@@ -180,6 +180,10 @@ class TimedOut(NetworkError):
     why = "stalled"
 
 
+class HungUp(NetworkError):
+    """Somebody took our connection, and ended it before he had answered."""
+
+
 class TlsError(DflyError):
     """The other side's certificate is not trusted, or TLS could not be agreed on."""
     exit, reason, code = 5, REASON_SOURCE, URL_UNREACHABLE
@@ -597,6 +601,24 @@ class Node(NamedTuple):
         return join_host(self.host, self.port)
 
 
+def is_address(text: str) -> bool:
+    """Return whether this is an IP address, perhaps with a zone (`fe80::1%eth0`)."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, text.partition("%")[0])
+            return True
+        except OSError:
+            continue
+    return False
+
+
+def parse_address(text: str) -> str:
+    """Return an IP address as it is written, "" for "".  Raises BadUsage."""
+    if text and not is_address(text):
+        raise BadUsage("not an IP address: %r" % text)
+    return text
+
+
 def split_host(text: str, port: int) -> Tuple[str, int]:
     """Return (host, port) of `host`, `host:port`, `::1`, `[::1]` or `[::1]:port`.  Raises BadUsage."""
     match = re.match(r"^\[([0-9a-fA-F:.%\w]+)\](?::(\d+))?$", text) or re.match(r"^([^:\[\]/\s]+)(?::(\d+))?$", text)
@@ -605,6 +627,8 @@ def split_host(text: str, port: int) -> Tuple[str, int]:
     elif text.count(":") > 1 and re.match(r"^[0-9a-fA-F:.]+(%\w+)?$", text):
         host, given = text, port
     else:
+        host, given = "", port
+    if not host or (":" in host and not is_address(host)):
         raise BadUsage("not a host: %r (write host, host:port or [ipv6]:port)" % text)
     if not 0 < given < 65536:
         raise BadUsage("not a port: %d in %r" % (given, text))
@@ -766,6 +790,8 @@ class YamlFile:
             return re.sub(r"\\(.)", r"\1", text[1:-1])
         if text[:1] == "'" and text[-1:] == "'" and len(text) > 1:
             return text[1:-1].replace("''", "'")
+        if text == "{}":
+            return {}
         if text[:1] in ("{", "|", ">", "&", "*", "!", "[", '"', "'"):
             raise BadUsage("%s: can't read %r" % (self._path, text))
         text = text.strip()
@@ -2262,7 +2288,7 @@ class HttpLink:
         except (BlockingIOError, socket.timeout):
             raise TimedOut("%s does not take our request" % self)
         except OSError as error:
-            raise NetworkError("%s: %s" % (self, error.strerror))
+            raise HungUp("%s: %s" % (self, error.strerror))
 
     def receive(self, view: Any, behind: int = 0) -> int:
         """Fill `view`, or a good part of it, as far as the connection's time limit allows; return the count, 0 at the end.
@@ -2302,9 +2328,9 @@ class HttpLink:
         except (BlockingIOError, socket.timeout):
             raise TimedOut("%s is silent" % self)
         except OSError as error:
-            raise NetworkError("%s: %s" % (self, error.strerror))
+            raise HungUp("%s: %s" % (self, error.strerror))
         if not data:
-            raise NetworkError("%s hung up" % self)
+            raise HungUp("%s hung up" % self)
         self._ahead += data
 
     def read_exactly(self, count: int) -> bytes:
@@ -2536,12 +2562,11 @@ class TaskFile:
             self._own(os.O_RDWR | os.O_CREAT)
             os.ftruncate(self._fd, 0)
             self._rewrite()
-        except OSError as error:
+        except (OSError, DflyError) as error:
+            if self._fd >= 0:  # else it is another's
+                self.delete()
             self.close()
-            raise os_error(error, data)
-        except DflyError:
-            self.close()
-            raise
+            raise os_error(error, data) if isinstance(error, OSError) else error
         return self
 
     @classmethod
@@ -4512,9 +4537,12 @@ class Scheduler:
         wanted = (task.all if task.count is not None else task.seeded) & ~peer.have & ~peer.asked
         holders = [h for h in task.swarm.idle.draw(self.SAMPLE, self._rng) if h is not peer and peer.blocked.get(h.cid, 0) <= now]
         fastest = max([h.host.speed for h in holders] or [0.0]) or 1.0
+        busy = {flight.holder for flight in peer.flights.values()}
         load = {h: 0.0 for h in holders}
         for num in nums_of(wanted)[:count]:
-            able = [h for h in holders if h.offers >> num & 1 and (h.suspensions < 2 or now < peer.seed_retry_at)] if task.seeded >> num & 1 else []
+            able = [h for h in holders if h.offers >> num & 1 and (
+                not h.suspensions or now < peer.seed_retry_at  # else one that has kept others waiting is tried with one piece
+                or h.suspensions < 2 and h not in busy and not load[h])] if task.seeded >> num & 1 else []
             best = min(able, key=lambda h: load[h]) if able else None
             if best:
                 load[best] += fastest / (best.host.speed or fastest)
@@ -6446,9 +6474,11 @@ class Supernode:
         for text in fields.texts("rootCAs"):
             import base64
             try:
-                cas.append(base64.b64decode(text, validate=True).decode("ascii"))
+                cas.append(base64.b64decode(text, validate=True).decode("ascii", "ignore"))  # the comments of a bundle may be in any language
             except ValueError:
                 raise BadRequest("rootCAs: invalid value")
+            if "-----BEGIN" not in cas[-1]:  # else it would be the name of a file of ours
+                raise BadRequest("rootCAs: not PEM")
         md5 = fields.text("md5").lower()
         task_url = fields.text("taskUrl") or url
         origin = Origin(url, headers, fields.flag("insecure"), cas, self._fence, content=content_of(task_url))
@@ -6679,7 +6709,9 @@ class Supernode:
             began = time.perf_counter()
             with self._swarm.lock:
                 peer.turn += 1
-                self._sync_reports_locked(task, peer, data)
+                doubtful = self._sync_reports_locked(task, peer, data)
+            if doubtful >= 0 and self._clock() > task.rechecked_at + LOOK_AGAIN_S:
+                threading.Thread(target=self._swarm.look_again, args=(task, doubtful, LOOK_AGAIN_S), name="dfly-look", daemon=True).start()
             METRICS.observe("dfly_scheduler_seconds", time.perf_counter() - began)
             wait = self._number(data, "wait", 0, SYNC_WAIT_S, SYNC_WAIT_S)
             state.update(task=task, peer=peer, turn=peer.turn, until=self._clock() + wait)
@@ -6716,7 +6748,9 @@ class Supernode:
             raise BadRequest("%s: %.40r: invalid value" % (name, value))
         return value
 
-    def _sync_reports_locked(self, task: SwarmTask, peer: Peer, data: Dict[str, Any]) -> None:
+    def _sync_reports_locked(self, task: SwarmTask, peer: Peer, data: Dict[str, Any]) -> int:
+        """Take in what a client says; return a piece that was no good as it came from us, -1 if there is none."""
+        doubtful = -1
         scheduler, now = self._swarm.scheduler, self._clock()
         done, failed, have = data.get("done", []), data.get("failed", []), data.get("have", "")
         slots, ahead = int(self._number(data, "slots", 0, 64, 0)), int(self._number(data, "queue", 0, 256, 0))
@@ -6743,11 +6777,12 @@ class Supernode:
                     raise ValueError(num)
                 scheduler.failed(task.task_id, peer.cid, int(num), task.holder(holder), str(why)[:20], now)
                 METRICS.add("dfly_piece_failures_total", why=str(why) if why in (REFUSED, STALLED, WRONG_BYTES, GONE) else OTHER)
-                if task.holder(holder) == SEED and why not in (STALLED, GONE) and now > task.rechecked_at + LOOK_AGAIN_S:
-                    threading.Thread(target=self._swarm.look_again, args=(task, int(num), LOOK_AGAIN_S), name="dfly-look", daemon=True).start()
+                if task.holder(holder) == SEED and why not in (STALLED, GONE):
+                    doubtful = int(num)
         except (TypeError, ValueError, OverflowError) as error:
             raise BadRequest("done, failed or have: %.80s" % error)
         scheduler.request(task.task_id, peer.cid, slots, now, queue=ahead)
+        return doubtful
 
     def _sync_answer(self, task: SwarmTask, peer: Peer) -> Dict[str, Any]:
         if task.cdn.state == CdnTask.FAILED:
@@ -8223,12 +8258,17 @@ class Progress:
         while now - self._marks[0][0] > 1.0:
             then, before = self._marks.popleft()
             self.best = max(self.best, (received - before) / (now - then))
-        if now - self._moved_at > STALL_S and now - self._told_at > STALL_S:
-            self._told_at = now
-            self.line(reason or "waiting: no byte for %s" % show_time(now - self._moved_at))
+        if now - self._moved_at > STALL_S:
+            self.complain(reason or "waiting: no byte for %s" % show_time(now - self._moved_at))
         if self._bar and now - self._drawn_at > (0.2 if self._tty else 5.0):
             self._drawn_at = now
             self._draw(received, length, kept, peers, share)
+
+    def complain(self, reason: str) -> None:
+        """Tell why it does not get on, now and then."""
+        if self._clock() - self._told_at > STALL_S:
+            self._told_at = self._clock()
+            self.line(reason)
 
     def _draw(self, received: int, length: Optional[int], kept: int, peers: int, share: float) -> None:
         then, before = self._marks[0]
@@ -8264,6 +8304,7 @@ class Download:
     ABSENT_S = 2.0  # --notbs: how long supernodes are asked again of which none has answered yet,
     LOST_S = (5.0, 15.0)  # and how long one that has, without a new piece: before back to source, and with --notbs
     AGAIN_S = (0.1, 1.0)  # between two rounds over all supernodes, doubling
+    TROUBLES = 10  # pieces that fail in a row, before that is told
 
     def __init__(self, options: Any, out: Any = None, clock: Callable[[], float] = time.monotonic, content: str = "") -> None:
         self.options = options
@@ -8299,8 +8340,10 @@ class Download:
         self._share_at = 0.0
         self._md5 = None  # type: Optional[Md5Follower]
         self._old_md5 = ""  # what an old supernode says at the end
-        self._served = False  # a supernode has taken us in
+        self._served = False  # a supernode has taken us in, or was about to
         self._peers = set()  # type: Set[str]
+        self._troubles = 0  # pieces that have failed since the last good one
+        self._trouble = ""  # why, once they are many
 
     def _target(self) -> str:
         """Return the absolute path of the output.  Raises BadUsage, CannotWrite."""
@@ -8348,7 +8391,7 @@ class Download:
             self.reason = self.reason or error.reason
             self.log.warn("%s", error)
             if self.options.notbs or isinstance(error, NeedAuth):
-                raise FinalFailure(error, self.reason + REASON_NO_SOURCE)
+                raise FinalFailure(error, self.reason + (REASON_NO_SOURCE if self.options.notbs else REASON_NONE))
             self.progress.line("failed to download by dragonfly: %s, and start try to download from source" % error)
             if error.pause_s:
                 self.log.info("others ask the origin first: waiting %.1f s", error.pause_s)
@@ -8403,6 +8446,7 @@ class Download:
                 registration = self._register(node)
             except (NetworkError, Migrate) as error:
                 self.log.warn("supernode %s: %s", node, error)
+                self._served = self._served or isinstance(error, HungUp)
                 last, self.reason = error, self.reason or REASON_REGISTER
                 continue
             self._served = True
@@ -8520,7 +8564,8 @@ class Download:
         while not line.finished and not (isinstance(line, SyncLine) and store.complete):
             now = self._clock()
             if self._deadline is not None and now > self._deadline:
-                raise Stalled("not finished within the %s allowed; %s" % (show_time(self._deadline - self.began), line.reason or "no reason known"))
+                raise Stalled("not finished within the %s allowed; %s" % (show_time(self._deadline - self.began),
+                                                                        line.reason or self._trouble or "no reason known"))
             limit = 0.2 if self.progress._tty or self.options.totallimit else 0.5
             outcomes = fetchers.drain()
             self._watch(line, fetchers, outcomes)
@@ -8538,9 +8583,19 @@ class Download:
                 raise outcome.error
             if not outcome.error and outcome.order.from_peer:
                 self._peers.add(outcome.order.cid)
+            self._note_trouble(outcome.error)
         if self._md5:
             self._md5.nudge()
         self._share()
+
+    def _note_trouble(self, error: Optional[DflyError]) -> None:
+        """Take note of how a piece ended: bytes that come again and again, and are no piece, are a standstill, too."""
+        if isinstance(error, _Superseded):
+            return
+        self._troubles = self._troubles + 1 if error else 0
+        self._trouble = "waiting: pieces keep failing, the last one: %s" % error if self._troubles >= self.TROUBLES else ""
+        if self._trouble:
+            self.progress.complain(self._trouble)
 
     def _share(self) -> None:
         """Ask the uploader, now and then, for this download's share of the host's limit; without one it may use all of that."""
@@ -8564,6 +8619,8 @@ class Download:
         """Go on with what an earlier run or another supernode has left, or begin anew.  Raises NoSpace, CannotWrite."""
         about = {"task": self.task_id, "url": without_secrets(self.task_url), "version": version}
         if self.store and self._fits(self.store, length, size, version):
+            if length is not None:
+                self.store.set_length(length)
             return
         if self.store:
             self.store.close()
@@ -8718,7 +8775,7 @@ class Download:
         if failure:
             self.progress.line("download FAIL(%d) cost:%.3fs length:%s reason:%d error:%s" % (
                 failure.number, cost, self._length(), failure.reason,
-                json.dumps({"Code": NEED_AUTH if failure.auth else failure.number, "Msg": str(failure)})))
+                json.dumps({"Code": NEED_AUTH if failure.auth else failure.number, "Msg": str(failure)}, separators=(",", ":"))))
             return
         length = self._length()
         self.progress.line("download SUCCESS cost:%.3fs length:%d reason:%d" % (cost, length, self.reason))
@@ -11164,7 +11221,7 @@ USAGE = "dfly.py get | supernode | peer | daemon | config | status | preheat | d
 
 
 def _flag(parser: Any, *names: str, **how: Any) -> None:
-    how.setdefault("metavar", how.get("type", str).__name__.replace("parse_", "").upper() if "action" not in how else None)
+    how.setdefault("metavar", how.get("type", str).__name__.replace("parse_", "").strip("_").upper() if "action" not in how else None)
     if how["metavar"] is None or how.get("choices"):
         how.pop("metavar")
     parser.add_argument(*names, **how)
@@ -11200,10 +11257,65 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def _switches(parser: Any, arguments: List[str]) -> List[str]:
+    """Return the arguments with Go's `--notbs=true` as `--notbs`, and without its `--notbs=false`, which the configuration yields to."""
+    found = []
+    for text in arguments:
+        name, _, value = text.partition("=")
+        action = parser._option_string_actions.get(name)
+        if not action or action.nargs != 0 or value.lower() not in TRUTHS:
+            found.append(text)
+        elif TRUTHS[value.lower()]:
+            found.append(name)
+        else:
+            parser.set_defaults(**{action.dest: False})
+    return found
+
+
+#: Where dfget and supernode 1.0 have their settings, and our flag for each ("": there is nothing to set here).  Wire: 9
+YML = "/etc/dragonfly/%s.yml"
+YML_FLAGS = {
+    "get": {"nodes": "node", "localLimit": "locallimit", "minRate": "minrate", "totalLimit": "totallimit", "clientQueueSize": "clientqueue",
+            "workHome": "home", "logConfig": ""},
+    "supernode": {"cdnPattern": "cdn-pattern", "listenPort": "port", "downloadPort": "download-port", "homeDir": "home", "advertiseIP": "advertise-ip",
+                  "peerUpLimit": "up-limit", "peerDownLimit": "down-limit", "maxBandwidth": "max-bandwidth",
+                  "systemReservedBandwidth": "system-bandwidth", "failAccessInterval": "fail-access-interval", "taskExpireTime": "task-expire-time",
+                  "youngGCThreshold": "young-gc-threshold", "fullGCThreshold": "full-gc-threshold", "debug": "debug", "gcInitialDelay": "",
+                  "gcMetaInterval": "", "gcDiskInterval": "", "peerGCDelay": "", "schedulerCorePoolSize": "", "eliminationLimit": "",
+                  "failureCountLimit": "", "linkLimit": "", "enableProfiler": "", "IntervalThreshold": "", "CleanRatio": "", "logConfig": ""}}
+
+
+def _read_yml(path: str, section: str) -> Dict[str, str]:
+    """Return as settings of a section what a dfget.yml or supernode.yml says.  Raises BadUsage.  Wire: 9"""
+    data, flags = YamlFile(path).data, YML_FLAGS.get(section, {})
+    if section == "supernode":
+        data = data.get("base") or {}
+    found = {}
+    for key, value in data.items() if isinstance(data, dict) else [("base", data)]:
+        if key not in flags or isinstance(value, dict) and flags[key]:
+            raise BadUsage("%s: there is no setting %r for %s" % (path, key, section))
+        if flags[key] and value != "":
+            found[flags[key]] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return found
+
+
+def _settings(given: str, section: str, program: str) -> Tuple[str, Dict[str, Dict[str, str]]]:
+    """Return which file has the settings, the `given` one or the usual one of a program, and what it says.  Raises BadUsage."""
+    path = given or CONFIG
+    if not given and program in ("dfget", "supernode") and os.path.exists(YML % program):
+        path = YML % program
+    if path.endswith((".yml", ".yaml")):
+        return path, {section: _read_yml(path, section)}
+    return path, read_config(path, bool(given))
+
+
 def _parse(parser: Any, section: str, arguments: List[str]) -> Any:
     """Return the flags, with what the configuration's section says under them.  Raises BadUsage."""
     given = [b for a, b in zip(arguments, arguments[1:]) if a == "--config"] + [a[9:] for a in arguments if a.startswith("--config=")]
-    config = read_config(given[-1] if given else CONFIG, bool(given))
+    path, config = _settings(given[-1] if given else "", section, parser.prog)
     flags = {name.lstrip("-"): action for action in parser._actions for name in action.option_strings if name.startswith("--")}
     values = {"config-service" if key == "config" else key: value for key, value in config.get(section, {}).items()}
     for key, flag in (("address", "node"), ("config", "config-service"), ("compress", "compress")):
@@ -11211,18 +11323,19 @@ def _parse(parser: Any, section: str, arguments: List[str]) -> Any:
             values.setdefault(flag, config["node"][key])
     for key, value in values.items():
         if key not in flags:
-            raise BadUsage("%s: [%s] has no setting %r" % (given[-1] if given else CONFIG, section, key))
+            raise BadUsage("%s: [%s] has no setting %r" % (path, section, key))
         action = flags[key]
         if action.nargs == 0:
-            if value.lower() not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+            if value.lower() not in TRUTHS:
                 raise BadUsage("[%s] %s: say true or false" % (section, key))
-            parser.set_defaults(**{action.dest: value.lower() in ("true", "yes", "on", "1")})
+            parser.set_defaults(**{action.dest: TRUTHS[value.lower()]})
         elif isinstance(action.default, list) and action.type is None:  # a flag that may be repeated: one a line
             parser.set_defaults(**{action.dest: value.strip().splitlines()})
         elif action.choices and value not in action.choices:  # argparse looks at those of the command line only
             raise BadUsage("[%s] %s: %r is none of %s" % (section, key, value, ", ".join(action.choices)))
         else:
             parser.set_defaults(**{action.dest: value})
+    arguments = _switches(parser, arguments)
     options = parser.parse_args(arguments)
     if hasattr(options, "home"):
         options.home = os.path.abspath(os.path.expanduser(options.home))
@@ -11253,7 +11366,7 @@ def _node_flags(parser: Any) -> None:
 
 def _common_peer_flags(parser: Any) -> None:
     _flag(parser, "--home", metavar="FOLDER", default="~/.small-dragonfly", help="work folder (default ~/.small-dragonfly)")
-    _flag(parser, "--ip", default="", metavar="IP", help="address that other peers shall use for this host")
+    _flag(parser, "--ip", type=parse_address, default="", metavar="IP", help="address that other peers shall use for this host")
     _flag(parser, "--port", type=_port, default=0, metavar="PORT", help="port of this host's uploader (default: 15000 and up)")
     _flag(parser, "--expiretime", type=parse_duration, default=180.0, help="how long a finished file is served after its last use (3m)")
     _flag(parser, "--alivetime", type=parse_duration, default=300.0, help="how long the uploader lives without work; 0: for ever (5m)")
@@ -11308,6 +11421,8 @@ def run_get(arguments: List[str], old: bool) -> int:
         raise BadUsage("not an MD5: %r" % options.md5)
     if not options.minrate:
         raise BadUsage("--minrate must be more than 0")
+    if options.cacerts:
+        tls_context(options.insecure, options.cacerts)
 
     try:
         download = Download(options)
@@ -11359,14 +11474,14 @@ def _weight(text: str) -> int:
     return int(text)
 
 
-def supernode_parser() -> Any:
+def supernode_parser(command: str) -> Any:
     """Return the parser of `supernode`.  Wire: 9"""
-    parser = _parser("dfly.py supernode", "Track, schedule and seed downloads.")
+    parser = _parser(command, "Track, schedule and seed downloads.")
     _flag(parser, "--home", "--home-dir", metavar="FOLDER", default="~/.small-dragonfly/supernode", help="cache and logs")
     _flag(parser, "--port", type=_port, default=SUPERNODE_PORT, help="of the API (8002; 0: any)")
     _flag(parser, "--download-port", type=_port, default=PIECE_PORT, help="of the piece files (8001; 0: any)")
     _flag(parser, "--bind", default="", metavar="IP", help="address to listen on (all)")
-    _flag(parser, "--advertise-ip", default="", metavar="IP", help="address that peers shall use (first of this host)")
+    _flag(parser, "--advertise-ip", type=parse_address, default="", metavar="IP", help="address that peers shall use (first of this host)")
     _flag(parser, "--max-bandwidth", type=parse_size, default=0, metavar="RATE", help="limit each way: from origins, and to peers (none)")
     _flag(parser, "--system-bandwidth", type=parse_size, default=0, metavar="RATE", help="part of --max-bandwidth left to others (0)")
     _flag(parser, "--up-limit", type=_positive, default=3, metavar="N", help="pieces a peer uploads at once (3)")
@@ -11468,16 +11583,18 @@ def _memory_shelf(options: Any) -> Optional[MemoryShelf]:
     return MemoryShelf(os.path.join(folder, "download"), options.memory_cache)
 
 
-def run_supernode(arguments: List[str]) -> int:
+def run_supernode(arguments: List[str], old: bool = False) -> int:
     """`supernode`: serve until a signal comes."""
-    options = _parse(supernode_parser(), "supernode", arguments)
+    options = _parse(supernode_parser("supernode" if old else "dfly.py supernode"), "supernode", arguments)
+    if options.max_bandwidth and options.system_bandwidth >= options.max_bandwidth:
+        raise BadUsage("--system-bandwidth leaves nothing of --max-bandwidth")
     many_descriptors()
     log = Log(os.path.join(options.home, "logs", "app.log"), str(os.getpid()), options.debug)
     make_folder(options.home)
     lock = FileLock(os.path.join(options.home, "supernode.lock"))
     if not lock.acquire(2.0):
         raise CannotWrite("%s: another supernode uses this home" % options.home)
-    rate = max(1, options.max_bandwidth - options.system_bandwidth) if options.max_bandwidth else 0
+    rate = options.max_bandwidth - options.system_bandwidth if options.max_bandwidth else 0
     cdn = Cdn(options.home, log, TokenBucket(rate), options.fail_access_interval, _disk_rules(options), Turns(options.fetches, options.origin_fetches),
               memory=_memory_shelf(options))
     scheduler = Scheduler(up_slots=options.up_limit, seed_slots=options.seed_limit)
@@ -11579,9 +11696,8 @@ def _absolute(text: str) -> str:
 
 
 def _go_flags(arguments: List[str]) -> List[str]:
-    """Return the arguments as we read them: Go takes `-port 1` for `--port 1`, and `--verbose=true` for `--verbose`."""
-    arguments = [re.sub(r"^-(?=[A-Za-z]{2})", "--", text) for text in arguments]
-    return [re.sub(r"=true$", "", text) for text in arguments if not re.match(r"^--\w+=false$", text)]
+    """Return the arguments as we read them: Go takes `-port 1` for `--port 1`."""
+    return [re.sub(r"^-(?=[A-Za-z]{2})", "--", text) for text in arguments]
 
 
 DAEMON_YML = "/etc/dragonfly/dfdaemon.yml"
@@ -11973,7 +12089,7 @@ def run_dfget(arguments: List[str]) -> int:
         return 0
     if arguments[:1] == ["server"]:
         return run_peer(arguments[1:])
-    return run_get(arguments, old=True)
+    return run_get(["--help"] if arguments[:1] == ["help"] else arguments, old=True)
 
 
 def _chosen(program: str, arguments: List[str]) -> Tuple[str, Callable[[], int]]:
@@ -11981,7 +12097,7 @@ def _chosen(program: str, arguments: List[str]) -> Tuple[str, Callable[[], int]]
     if program == "dfget":
         return program, lambda: run_dfget(arguments)
     if program == "supernode":
-        return program, lambda: run_supernode(arguments)
+        return program, lambda: run_version(arguments) if arguments[:1] == ["version"] else run_supernode(arguments, old=True)
     if program == "dfdaemon":
         if arguments[:1] == ["peer"]:  # its own uploader, in a copy of the file that bears this name
             return program, lambda: run_peer(arguments[1:])

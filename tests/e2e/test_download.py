@@ -4,7 +4,7 @@ import re
 import stat
 
 import pytest
-from world import CONTENT, MB, PIECE, bad, good, md5
+from world import CONTENT, MB, PIECE, bad, dead_port, good, md5
 
 SIZES = {"empty": 0, "one_byte": 1, "five_bytes": 5, "just_under_a_piece": CONTENT - 1, "exactly_one_piece": CONTENT,
          "one_byte_more": CONTENT + 1, "wrapped_piece_size": PIECE, "two_pieces": 2 * CONTENT, "several_mb": 7 * MB + 13,
@@ -120,7 +120,10 @@ def test_a_right_md5_is_accepted_and_a_wrong_one_leaves_no_file(origin, supernod
     ["-u", "http://127.0.0.1/x", "-m", "xyz"], ["-u", "http://127.0.0.1/x", "-s", "fast"],
     ["-u", "http://127.0.0.1/x", "-e", "soon"], ["-u", "http://127.0.0.1/x", "-p", "carrier-pigeon"],
     ["-u", "http://127.0.0.1/x", "--minrate", "0"], ["-u", "http://[::1/x"], ["-u", "http://127.0.0.1:99999/x"], ["-u", "http://127.0.0.1/x", "--header", "Range: bytes=-5"],
-    ["-u", "http://127.0.0.1/x", "-n", "host:99999"], ["-u", "http://127.0.0.1/x", "--header", "no colon"],
+    ["-u", "http://127.0.0.1/x", "-n", "host:99999"], ["-u", "http://127.0.0.1/x", "-n", "a:b:c"], ["-u", "http://127.0.0.1/x", "--ip", "here"],
+    ["-u", "http://127.0.0.1/x", "--cacerts", "/nonexistent.pem"], ["-u", "http://127.0.0.1/x", "--cacerts", __file__],
+    ["-u", "http://127.0.0.1/x", "--notbs=perhaps"],
+    ["-u", "http://127.0.0.1/x", "--header", "no colon"],
     ["-u", "http://127.0.0.1/x", "--config", "/nonexistent.conf"]])
 def test_bad_usage_is_said_in_one_line(world, host, arguments):
     here = host()
@@ -198,6 +201,17 @@ def test_settings_come_from_the_configuration_file(world, origin, supernode, hos
     url = origin.put("f", blob(MB))
     result = world.run("get", "--config", conf, "-u", url, "-o", here.path("out"), "--home", here.home, "--ip", "127.0.0.1")
     assert result.code == 0 and "node:" + node.node in result.stdout, result.out
+
+
+def test_switches_may_be_said_with_true_or_false(world, origin, host, blob):
+    """As Go programs take them; the command line wins over the file."""
+    here, url = host(), origin.put("f", blob(MB))
+    conf = os.path.join(world.root, "dragonfly.conf")
+    with open(conf, "w") as f:
+        f.write("[node]\naddress=127.0.0.1:%d\n[get]\nnotbs = true\n" % dead_port())
+    for flags, code in ([], 4), (["--notbs=true"], 4), (["--notbs=false", "--callsystem", ""], 0):
+        result = world.run("get", "--config", conf, "-u", url, "-o", here.path("out"), "--home", here.home, *flags)
+        assert result.code == code, result.out
 
 
 def test_settings_of_the_file_are_checked_like_flags(world, host):

@@ -1,4 +1,5 @@
 """Rates that hold within 5 %, disks that are full, and time that runs out."""
+import contextlib
 import os
 import subprocess
 
@@ -95,6 +96,19 @@ def test_a_disk_that_fills_up_during_the_download_is_a_clear_error(origin, super
     result = bad(here.get(origin.put("f", blob(8 * MB), length=False), "-p", pattern, out="disk/out"), 10)
     assert result.reason in (4, 1004) and "space" in result.out, result.out
     assert "out" not in os.listdir(disk)
+
+
+@pytest.mark.parametrize("pattern", ["p2p", "source"])
+def test_on_a_disk_that_is_full_to_the_last_byte_nothing_is_left(origin, supernode, host, blob, small_disk, pattern):
+    supernode()
+    here = host()
+    disk = small_disk(here, MB)
+    with open(os.path.join(disk, "others"), "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    result = bad(here.get(origin.put("f", blob(8 * MB), length=False), "-p", pattern, out="disk/out"), 10)
+    assert result.reason in (4, 1004) and "space" in result.out, result.out
+    assert os.listdir(disk) == ["others"]
 
 
 def test_a_supernode_with_a_full_disk_sends_hosts_to_the_origin(origin, supernode, host, blob, small_disk):

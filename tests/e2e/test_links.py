@@ -57,7 +57,8 @@ def test_dfget_fails_with_80_when_the_download_failed(dfget, origin, supernode, 
 def test_dfget_fails_with_79_when_credentials_are_missing(dfget, origin, supernode, blob):
     supernode()
     result = bad(dfget("-u", origin.put("f", blob(MB), auth="Basic eDp5")), 79)
-    assert "download FAIL(1103)" in result.stdout, result.out
+    assert "download FAIL(1103)" in result.stdout and "reason:10 error:{\"Code\":608,\"Msg\":\"" in result.stdout, result.out
+    assert "reason:1010 " in bad(dfget("-u", origin.put("f", blob(MB), auth="Basic eDp5"), "--notbs"), 79).stdout
 
 
 def test_dfget_fails_with_1_for_bad_options(dfget, supernode):
@@ -79,6 +80,8 @@ def test_dfget_fails_with_77_when_it_cannot_prepare(world, supernode, origin, ho
 def test_dfget_version_is_printed(world, link):
     result = Command(world, "dfget", [world.python, link("dfget"), "version"]).wait()
     assert result.code == 0 and result.stdout.startswith("dfget version:")
+    result = Command(world, "supernode", [world.python, link("supernode"), "version"]).wait()
+    assert result.code == 0 and result.stdout.startswith("dfly ")
 
 
 def test_supernode_serves(world, link, origin, host, blob):
@@ -89,6 +92,36 @@ def test_supernode_serves(world, link, origin, host, blob):
     url = origin.put("f", blob(MB))
     assert host().get(url, node="127.0.0.1:" + found.group(2), check=blob(MB)).reason == 0
     assert command.stop() == 0
+
+
+def test_the_settings_of_dragonfly_1_0_are_read(world, link, origin, host, blob):
+    home, here = os.path.join(world.root, "home"), host()
+    settings = os.path.join(world.root, "supernode.yml")
+    with open(settings, "w") as file:
+        file.write("base:\n  cdnPattern: local\n  listenPort: 0\n  downloadPort: 0\n  homeDir: %s\n  advertiseIP: 127.0.0.1\n  maxBandwidth: 200M\n"
+                   "  systemReservedBandwidth: 20M\n  peerUpLimit: 5\n  taskExpireTime: 3m0s\n  CleanRatio: 1\n  debug: true\n"
+                   "  logConfig:\n    maxSize: 40\nplugins: {}\nstorages: {}\n" % home)
+    command = Command(world, "supernode", [world.python, link("supernode"), "--config", settings])
+    found = wait_for(lambda: Supernode.LISTENING.search(command.stdout), 20)
+    assert os.path.exists(os.path.join(home, "logs", "app.log"))
+    settings = os.path.join(world.root, "dfget.yml")
+    with open(settings, "w") as file:
+        file.write("nodes:\n- 127.0.0.1:%s=2\nlocalLimit: 20M\nclientQueueSize: 6\nworkHome: %s\nlogConfig: {}\n" % (found.group(2), here.home))
+    run = [world.python, link("dfget"), "--config", settings, "-u", origin.put("f", blob(MB)), "-o", here.path("out"), "--ip", "127.0.0.1", "--notbs"]
+    good(Command(world, "dfget", run, here.path("out")).wait(), blob(MB))
+    assert os.path.exists(os.path.join(here.home, "logs", "dfclient.log")) and command.stop() == 0
+
+
+@pytest.mark.parametrize("program, text", [("dfget", "bogus: 1"), ("dfget", "nodes: {a"), ("dfget", "localLimit: fast"), ("dfget", "- a"),
+                                           ("supernode", "base:\n  bogus: 1"), ("supernode", "base: 1"), ("supernode", "base:\n  cdnPattern: source"),
+                                           ("supernode", "base:\n  homeDir:\n    a: b")])
+def test_settings_of_dragonfly_1_0_that_make_no_sense_are_said(world, link, program, text):
+    settings = os.path.join(world.root, "x.yml")
+    with open(settings, "w") as file:
+        file.write(text + "\n")
+    result = Command(world, program, [world.python, link(program), "--config", settings]
+                     + (["-u", "http://127.0.0.1/x", "-o", os.path.join(world.root, "x")] if program == "dfget" else [])).wait(20)
+    assert result.code == (1 if program == "dfget" else 2) and len(result.stderr.splitlines()) == 1, result.out
 
 
 def test_dfdaemon_is_known(world, link):
@@ -102,7 +135,8 @@ def test_the_command_line_explains_itself(world, arguments):
     assert result.code == (0 if "--help" in arguments else 2) and result.out.strip() and "Traceback" not in result.out, result.out
 
 
-@pytest.mark.parametrize("arguments", [["--port", "99999"], ["--max-bandwidth", "x"], ["--bogus"], ["--home", "/dev/null/x"], ["--config", "/nonexistent"]])
+@pytest.mark.parametrize("arguments", [["--port", "99999"], ["--max-bandwidth", "x"], ["--bogus"], ["--home", "/dev/null/x"], ["--config", "/nonexistent"],
+                                       ["--advertise-ip", "here"], ["--max-bandwidth", "20M", "--system-bandwidth", "20M"]])
 def test_a_supernode_with_bad_settings_says_so_and_ends(world, arguments):
     home = os.path.join(world.root, "h")
     result = world.run("supernode", "--home", home, "--port", "0", "--download-port", "0", *arguments, timeout=20)

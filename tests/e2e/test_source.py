@@ -5,6 +5,7 @@ import os
 import socket
 import socketserver
 import threading
+import time
 
 import pytest
 from world import MB, bad, dead_port, good, wait_for
@@ -85,6 +86,22 @@ def test_the_second_node_takes_over_and_pieces_are_kept(origin, supernode, host,
     assert other.bytes_sent() <= 6 * MB, "verified pieces were thrown away"
 
 
+def test_a_node_that_knows_the_length_takes_over_from_one_that_did_not(origin, supernode, host, blob):
+    """The last piece is shorter than the rest: who goes on must have heard so."""
+    first, second = supernode(), supernode()
+    data = blob(8 * MB + 5)
+    url = origin.put("f", data, length=False)
+    host().get(url, node=second.node, check=data)
+    origin.change("f", stall_after=5 * MB)
+    command = host().start(url, "-e", "40", node="%s=9999,%s" % (first.node, second.node))
+    wait_for(lambda: first.bytes_sent() >= 3 * MB, 20)
+    first.kill()
+    before = second.bytes_sent()
+    result = good(command.wait(), data)
+    assert result.reason == 0 and "migrated to node:" in result.stdout, result.out
+    assert second.bytes_sent() - before <= 6 * MB, "verified pieces were thrown away"
+
+
 def test_a_dead_node_in_front_is_passed_over(origin, supernode, host, blob):
     node = supernode()
     data = blob(2 * MB)
@@ -106,15 +123,16 @@ def test_the_same_url_goes_to_the_same_supernode(origin, supernode, host, blob):
 
 @pytest.fixture
 def false_node():
-    """Factory: `false_node(register, sync)` answers every register and sync with these; returns its address."""
+    """Factory: `false_node(register, sync)` answers every register and, after `held_s`, every sync with these; returns its address."""
     servers = []
 
-    def start(register, sync):
+    def start(register, sync, held_s=0.0):
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_POST(self):
                 self.rfile.read(int(self.headers["Content-Length"]))
+                time.sleep(held_s if self.path != "/peer/registry" else 0.0)
                 body = json.dumps({"code": 200, "data": register} if self.path == "/peer/registry" else sync).encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(body)))
@@ -156,3 +174,12 @@ def piece(num=0, digest=None, host="127.0.0.1", port=1, path="/x"):
 def test_a_supernode_that_talks_nonsense_is_left(origin, host, blob, false_node, register, sync):
     result = host().get(origin.put("f", blob(MB)), "-p", "cdn", node=false_node(register, sync), check=blob(MB))
     assert result.reason in (1, 3), result.out
+
+
+def test_pieces_that_come_wrong_again_and_again_are_named(origin, host, blob, false_node):
+    """Bytes come all the time, and yet it stands still: why, is said while it lasts and at its end."""
+    liar = origin.put("liar", blob(MB, 2), ranges=False)
+    sync = piece(digest="0" * 64, host="127.0.0.1", port=int(liar.split(":")[2].split("/")[0]), path="/liar")
+    result = host().get(origin.put("f", blob(MB)), "-p", "cdn", "-e", "8", node=false_node(GOOD, sync, held_s=0.1), check=blob(MB))
+    assert result.reason == 3 and "\nwaiting: pieces keep failing, the last one: " in result.out, result.out
+    assert "not finished within the 8.0 s allowed; waiting: pieces keep failing, the last one: " in result.out, result.out

@@ -6,6 +6,7 @@ import re
 import socketserver
 import threading
 
+import pytest
 from world import CONTENT, MB, PIECE, ask, descriptors, good, wait_for
 
 
@@ -335,3 +336,21 @@ def test_a_file_that_changed_at_the_origin_is_fetched_again_after_a_restart(orig
     origin.put("f", blob(3 * MB, 2))
     again = supernode(home=node.home)
     host().get(url, node=again.node, check=blob(3 * MB, 2))
+
+
+@pytest.mark.parametrize("damage", ["two pieces", "the end is missing"])
+def test_what_is_damaged_in_the_cache_while_it_is_in_use_is_fetched_anew(origin, supernode, host, blob, damage):
+    node, data = supernode(), blob(8 * MB)
+    url = origin.put("f", data)
+    host().get(url, "-p", "cdn", check=data)
+    path, = [os.path.join(folder, name) for folder, _, names in os.walk(os.path.join(node.home, "repo")) for name in names if len(name) == 64]
+    with open(path, "r+b") as file:
+        if damage == "two pieces":
+            for at in (MB, 5 * MB):
+                file.seek(at)
+                file.write(bytes([data[at] ^ 1]))
+        else:
+            file.truncate(7 * MB)
+    result = host().get(url, "-p", "cdn", check=data)
+    assert result.reason == 0 and result.seconds < 30, result.out
+    assert origin.bytes_sent("f") < 8 * MB + 2 * MB, origin.log

@@ -11,7 +11,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 sys.path.insert(0, ROOT)
 import dfly  # noqa: E402
 
-PARSERS = {"get": lambda: dfly.get_parser("x"), "supernode": dfly.supernode_parser, "daemon": lambda: dfly.daemon_parser("x"),
+PARSERS = {"get": lambda: dfly.get_parser("x"), "supernode": lambda: dfly.supernode_parser("x"), "daemon": lambda: dfly.daemon_parser("x"),
            "config": dfly.config_parser}
 #: Of a command line, not of a host; or of [node].
 ELSEWHERE = {"help", "config", "version", "install", "uninstall", "dry-run", "etc", "url", "output", "md5", "identifier", "header", "dfdaemon", "node",

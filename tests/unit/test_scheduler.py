@@ -72,6 +72,18 @@ def test_a_holder_that_still_serves_somebody_is_not_given_up():
     assert swarm.scheduler.serves("t", "holder") and swarm.offered()
 
 
+def test_a_lone_receiver_tries_a_holder_that_has_failed_with_one_piece():
+    swarm = Swarm(1)
+    swarm.fail(1, dfly.STALLED)
+    swarm.now += 1000.0
+    swarm.scheduler.tick(swarm.now)
+    got = []
+    for slots, queue in (1, 1), (1, 1), (4, 4):
+        swarm.scheduler.request("t", "r0", slots, swarm.now, queue=queue)
+        got += swarm.scheduler.take("t", "r0")
+    assert sorted(work.num for work in got) == [0, 1, 2, 3] and [work.holder for work in got].count("holder") == 1
+
+
 def test_a_lone_receiver_leaves_a_holder_that_keeps_failing_for_the_seed():
     swarm = Swarm(1)
     for _ in range(2):

@@ -199,6 +199,15 @@ def test_a_failing_register_moves_to_the_next_node(old, dfget, origin, blob):
     assert not fetched(origin)
 
 
+def test_notbs_waits_for_a_supernode_that_died_while_it_took_the_download_in(old, dfget, origin, blob):
+    """It was there a moment ago, as one that has answered."""
+    data = blob(300000)
+    url = origin.put("f.bin", data)
+    node = old.node("fake", data, script={"register": ["close"] * 7 + [GOOD]})
+    assert good(dfget(url, "--notbs", node=node.node, timeout=40), data).reason == 0
+    assert node.count("/peer/registry") == 8 and not fetched(origin)
+
+
 def test_607_stops_trying_nodes(old, dfget, origin, blob):
     """Wire: 1.6: reason 1, source."""
     data = blob(300000)

@@ -1,7 +1,10 @@
 """The piece port of our supernode: a static file server as far as old clients can see.  Wire: 5"""
 import hashlib
+import mmap
+import os
 import socket
 
+import dfly
 import hand as hands
 import pytest
 from rawhttp import Pool
@@ -193,3 +196,34 @@ def test_the_piece_size_stays_the_same_for_a_task(supernode, hand, origin, blob)
     size = first.join(url)["pieceSize"]
     first.finish(limit_s=60)
     assert hand(node).join(url)["pieceSize"] == size
+
+
+def test_a_piece_beyond_4_gib_is_where_its_numbers_say(world, supernode, hand, origin):
+    """Checklist 14 (15): what an old client is told of it, and gets.  The supernode has it from an earlier run."""
+    length = (5 << 30) + 25
+    last = os.urandom(25)
+    with open(os.path.join(world.root, "sparse"), "w+b") as file:
+        file.truncate(length)
+        file.seek(length - len(last))
+        file.write(last)
+        file.flush()
+        url = origin.put("f.bin", mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), tag='"big"', last_modified=False, rate=MIB)
+    task, home = dfly.task_id_of(url), os.path.join(world.root, "home")
+    path = os.path.join(home, "repo", "download", task[:3], task)
+    os.makedirs(os.path.dirname(path))
+    store = dfly.TaskFile.create(path, path + ".journal", {"task": task, "url": url, "version": '"big"||%d' % length}, length, dfly.choose_piece_size(length))
+    num = store.layout.count - 1
+    offset, size = store.layout.content_range(num)
+    with open(os.path.join(world.root, "sparse"), "rb") as file:
+        file.seek(offset)
+        content = file.read(size)
+    digest = dfly.PieceDigest()
+    digest.update(content)
+    store.write(offset, content)
+    store.seal_piece(num, digest.seal())
+    store.close()
+    client = hand(supernode(home=home))
+    assert client.join(url)["fileLength"] == length
+    piece = client.start()["data"][0]
+    assert piece["pieceNum"] == num and int(piece["range"].split("-")[0]) == num * piece["pieceSize"] > 1 << 32
+    assert hands.piece_body(client.fetch(piece), piece)[4:-1] == content and content.endswith(last)

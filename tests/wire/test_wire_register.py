@@ -108,7 +108,7 @@ def test_bad_fields_are_refused_in_words(supernode, hand, url, kind):
 @pytest.mark.parametrize("fields", [
     dict(rawUrl=5), dict(cid=["x"]), dict(headers="X-A: 1"), dict(headers=[1, 2]), dict(headers={"a": "b"}), dict(ip={"a": 1}), dict(port=None),
     dict(port="15101"), dict(port=15101.0), dict(dfdaemon="yes"), dict(dfdaemon=3), dict(md5=5), dict(path=True), dict(rawUrl=None),
-    dict(headers=["no colon"]), dict(headers=["X: a\r\nEvil: 1"]), dict(rootCAs=["%%%"]), dict(rootCAs=[5]), dict(cid="x" * 100000)])
+    dict(headers=["no colon"]), dict(headers=["X: a\r\nEvil: 1"]), dict(rootCAs=["%%%"]), dict(rootCAs=[5]), dict(rootCAs=["L2V0Yy9ob3N0cw=="]), dict(cid="x" * 100000)])
 def test_odd_json_types_get_a_clean_answer(supernode, hand, url, fields):
     node = supernode()
     client = hand(node)
