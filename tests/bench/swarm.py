@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -142,8 +143,21 @@ def peer_argv(a, i, lab, work, url):
         return ["aria2c", "-q", "-d", home, "-o", "out", "--seed-time=0" if a.leave else "--seed-ratio=0.0", "--enable-dht=false", "--bt-enable-lpd=false",
                 "--listen-port=6881", "--bt-max-peers=60", "--file-allocation=none", "--on-bt-download-complete=" + work + "/done.sh",
                 "--bt-request-peer-speed-limit=100M", "--bt-tracker-interval=2", work + "/file.torrent"], {"HOME": home}
-    return [PYTHON, DFLY, "get", "-u", url, "-o", out, "--node", SUPER + ":8002",
+    program = spoilt(work) if 0 < i <= a.bad else DFLY
+    return [PYTHON, program, "get", "-u", url, "-o", out, "--node", SUPER + ":8002",
             "--home", home + "/df", "--ip", ip, "--notbs"] + a.extra.split(), {"HOME": home}
+
+
+def spoilt(work):
+    """Return the path of a dfly.py whose uploader flips a bit of whatever it sends; its own downloads are right."""
+    with open(DFLY) as f:
+        text = f.read()
+    right = "return os.sendfile(sock.fileno(), self.fd, self.offset, min(self.count, most))"
+    assert text.count(right) == 1
+    wrong = "data = bytearray(os.pread(self.fd, min(self.count, most, 1 << 16), self.offset)); data[0] ^= 1; return sock.send(data)"
+    with open(work + "/spoilt.py", "w") as f:
+        f.write(text.replace(right, wrong))
+    return work + "/spoilt.py"
 
 
 def start_dfly(lab, a, work):
@@ -182,7 +196,13 @@ def ended_at(a, i, process, work):
     return None
 
 
-def race(lab, a, work, url):
+def kill(lab, host):
+    """End whatever runs on a host, as a power cut would."""
+    for pid in sh(f"ip netns pids {PREFIX}{host}", check=False).split():
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def race(lab, a, work, url, one):
     """Start all peers, wait for them; return the seconds each took, those that failed, those that never ended, and the start's cost."""
     t0, running, ended, failed = time.time(), {}, {}, []
     for i in range(a.peers):
@@ -190,8 +210,11 @@ def race(lab, a, work, url):
             time.sleep(max(0, t0 + i * a.stagger - time.time()))
         argv, env = peer_argv(a, i, lab, work, url)
         running[i] = lab.spawn(f"p{i}", argv, log=f"{work}/p{i}/log", env=env)
-    started = time.time() - t0
+    started, doomed = time.time() - t0, list(range(1, 1 + a.kill))
     while running and time.time() - t0 < a.limit:
+        while doomed and time.time() - t0 > one / 3:
+            kill(lab, f"p{doomed[0]}")
+            del running[doomed.pop(0)]
         for i, process in list(running.items()):
             end = ended_at(a, i, process, work)
             if end is not None:
@@ -201,6 +224,14 @@ def race(lab, a, work, url):
                 del running[i]
         time.sleep(0.02)
     return sorted(ended.values()), failed, sorted(running), started
+
+
+def isolations(a):
+    """Return how often the supernode has left a peer out because of wrong bytes."""
+    if a.system != "dfly":
+        return None
+    found = re.search(r"^dfly_isolations_total (\d+)", sh(f"ip netns exec {PREFIX}p0 curl -s http://{SUPER}:8002/metrics"), re.M)
+    return int(found.group(1)) if found else 0
 
 
 def measure(lab, a, work, src):
@@ -216,16 +247,16 @@ def measure(lab, a, work, src):
     if a.system == "aria2":
         start_aria2(lab, work, src)
     racks, sent, worked = lab.into_racks(), tx_bytes("origin"), busy()
-    times, failed, unfinished, started = race(lab, a, work, url)
+    times, failed, unfinished, started = race(lab, a, work, url, one)
     worked, sent, racks = busy() - worked, tx_bytes("origin") - sent, lab.into_racks() - racks
     want = digest(src)
-    wrong = [i for i in range(a.peers) if not os.path.exists(f"{work}/p{i}/out") or digest(f"{work}/p{i}/out") != want]
+    wrong = [i for i in range(a.peers) if not 0 < i <= a.kill and not os.path.exists(f"{work}/p{i}/out") or os.path.exists(f"{work}/p{i}/out") and digest(f"{work}/p{i}/out") != want]
     return {"system": a.system, "peers": a.peers, "size_mb": a.size, "rate_mbit": a.rate, "one_copy_s": round(one, 2),
             "makespan_s": round(times[-1], 2) if times else None, "median_s": round(times[len(times) // 2], 2) if times else None,
             "first_s": round(times[0], 2) if times else None, "ratio": round(times[-1] / one, 3) if times else None,
             "origin_copies": round(sent / megabytes, 2), "super_copies": round(tx_bytes("super") / megabytes, 2),
             "rack_copies": round(racks / megabytes / a.racks, 2) if a.racks else None, "cpu_s": round(worked, 1),
-            "spawn_s": round(started, 2), "unfinished": unfinished, "failed": failed, "wrong_bytes": wrong}
+            "isolations": isolations(a), "spawn_s": round(started, 2), "unfinished": unfinished, "failed": failed, "wrong_bytes": wrong}
 
 
 def main():
@@ -237,6 +268,8 @@ def main():
     p.add_argument("--racks", type=int, default=0, help="spread the peers over this many racks, each a /24 behind one uplink")
     p.add_argument("--core", type=int, default=0, help="Mbit/s of each rack's uplink")
     p.add_argument("--leave", action="store_true", help="aria2: leave the swarm when complete")
+    p.add_argument("--kill", type=int, default=0, help="dfly: hosts whose processes are killed at a third of the way")
+    p.add_argument("--bad", type=int, default=0, help="dfly: hosts that serve wrong bytes")
     p.add_argument("--stagger", type=float, default=0, help="seconds between peer starts")
     p.add_argument("--extra", default="", help="more flags for dfly get")
     p.add_argument("--super-extra", default="", help="more flags for dfly supernode")
