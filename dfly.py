@@ -15,39 +15,45 @@ nothing but a Python 3.6 or later: copy it to a host and run it.
     (a link named dfget, supernode or dfdaemon makes the file act as that program)
 
 The map:
-     1. Wire words      codes, header names, defaults, the error tree
-     2. Units and files sizes, rates, durations; atomic writes, locks, log lines
-     3. Settings        /etc/dragonfly.conf under the flags; the list of supernodes
-     4. Pieces          layout arithmetic, the 4+1 byte wrapper, digests
-     5. Rates           limits, what a link does, and where compression pays
-     6. HTTP server     event-driven: parks what waits, sends files as they lie
-     7. HTTP client     kept-alive connections that read into a buffer
-     8. Store           a task's bytes on disk and the journal that says which of them are true
-     9. Origin          everything that is asked of the source station, for ourselves and for others
-    10. Scheduler's books  which piece is where, and how rare
-    11. Scheduler       who fetches which piece from whom; pure
-    12. CDN             from origin to seed pieces: one fetch a task
-    13. Swarm           tasks and their clients over scheduler and CDN
-    14. Preheat         files and images brought into the cache before anybody asks
-    15. Supernode       the API, old and native
-    16. Uploader        a host's piece server
-    17. Fetching        pieces from peers, orders from a supernode
-    18. Downloader      get: from supernode and peers, or back to source; supernodes as each other's clients
-    19. Daemon's door   where container engines knock
-    20. Blobs           files on their way through the daemon
-    21. Daemon          registry mirror and proxy: blobs by the swarm, the rest straight
-    22. Engines         the settings of docker, containerd and podman that point at the daemon
-    23. Config Service  which supernodes there are and how they do; clients ask it for the nearest
-    24. Demo            the main job on one machine, to see it work
-    25. Command line    flags, the programs, main
+     1. Wire words          codes, header names, defaults, the error tree
+     2. Units and files     sizes, rates, durations; atomic writes, locks, log lines
+     3. Settings            /etc/dragonfly.conf under the flags; the list of supernodes
+     4. Pieces              layout arithmetic, the 4+1 byte wrapper, digests
+     5. Rates               limits, what a link does, and where compression pays
+     6. HTTP messages       requests and answers, and what a handler may decide
+     7. HTTP server         event-driven: parks what waits, sends files as they lie
+     8. HTTP client         kept-alive connections that read into a buffer
+     9. Store               a task's bytes on disk and the journal that says which of them are true
+    10. Origin              everything that is asked of the source station, for ourselves and for others
+    11. Filling             a file from its origin into the store
+    12. Scheduler's books   which piece is where, and how rare
+    13. Scheduler           who fetches which piece from whom; pure
+    14. Cache rules         how long what an origin said holds, and which files have to go
+    15. CDN                 from origin to seed pieces: one fetch a task
+    16. Swarm               tasks and their clients over scheduler and CDN
+    17. Preheat             files and images brought into the cache before anybody asks
+    18. Supernode           the API, old and native
+    19. Uploader            a host's piece server
+    20. Fetching            pieces from peers
+    21. Lines               orders from a supernode, and reports to it
+    22. Downloader          get: from supernode and peers, or back to source
+    23. Siblings            a supernode as a client of others
+    24. Daemon's door       where container engines knock
+    25. Blobs               files on their way through the daemon
+    26. Daemon              registry mirror and proxy: blobs by the swarm, the rest straight
+    27. Engines             the settings of docker, containerd and podman that point at the daemon
+    28. Config Service      which supernodes there are and how they do; clients ask it for the nearest
+    29. Demo                the main job on one machine, to see it work
+    30. Flags               of each command, over the configuration files
+    31. Programs            what each command does; main
 
-One piece's way: the supernode reads it from the origin once (12), writes it at its offset, knows its digest and
-announces it (13).  The scheduler gives it to a peer that lacks it, from the nearest holder with a free upload slot (11);
-the order travels in the answer of a parked /peer/sync (15).  A fetcher thread of `get` (17) asks the holder for it on a
-kept-alive connection (7); the holder's event loop sends head, file bytes by sendfile and tail (6, 16).  The
-fetcher reads it into one reused buffer, digests it while it is in cache, writes it once at its final offset,
-journals it (8) and reports it in the one request that also asks for more work.  From then on it is served on
-from the same file, which becomes the output by a rename when every piece has been read back and found true (18).
+One piece's way: the supernode reads it from the origin once (11), writes it at its offset, knows its digest and
+announces it (16).  The scheduler gives it to a peer that lacks it, from the nearest holder with a free upload slot (13);
+the order travels in the answer of a parked /peer/sync (18).  A fetcher thread of `get` (20) asks the holder for it on a
+kept-alive connection (8); the holder's event loop sends head, file bytes by sendfile and tail (7, 19).  The
+fetcher reads it into one reused buffer, writes it once at its final offset, takes it back from the file while it is in
+cache and digests that, journals it (9) and reports it in the one request that also asks for more work (21).  From then on
+it is served on from the same file, which becomes the output by a rename when every piece has been found true (22).
 
 Sections use only what stands above them.  "Wire: N.N" names the section of the Dragonfly protocol description
 that a piece of code implements.
@@ -1300,9 +1306,8 @@ class Squeezer:
 
 
 # ==============================================================================
-# 6. HTTP server
-#    One thread over a selector: it reads requests, runs what is quick at once and
-#    the rest on a few workers, parks what has to wait, and sends files by sendfile.
+# 6. HTTP messages
+#    Requests and answers, and what a handler may decide.
 #    Not http.server and http.client: importing their e-mail parser costs each `get`
 #    20 ms, and a head takes it 33 us where ours takes 4 (3,000 syncs/s leave us 330).
 # ==============================================================================
@@ -1314,7 +1319,6 @@ _NUMBER = re.compile(r"^\d{1,18}$")
 _PROXIED = re.compile(r"^https?://[^/]*")
 _VERSIONED = re.compile(r"^/v[0-9.]+(?=/)")
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
-
 PHRASES = {200: "OK", 201: "Created", 206: "Partial Content", 208: "Already Reported", 400: "Bad Request", 401: "Unauthorized",
            403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 408: "Request Timeout", 411: "Length Required",
            413: "Payload Too Large", 416: "Range Not Satisfiable", 431: "Request Header Fields Too Large",
@@ -1483,6 +1487,12 @@ def plain_address(ip: str) -> str:
     """Return an address without what a socket of both families puts before an IPv4 one."""
     return ip[7:] if ip.startswith("::ffff:") else ip
 
+
+# ==============================================================================
+# 7. HTTP server
+#    One thread over a selector: it reads requests, runs what is quick at once and
+#    the rest on a few workers, parks what has to wait, and sends files by sendfile.
+# ==============================================================================
 
 class _Link:
     """One accepted connection, driven by the server's thread alone."""
@@ -2078,7 +2088,7 @@ def _listen_once(family: int, host: str, port: int) -> socket.socket:
 
 
 # ==============================================================================
-# 7. HTTP client
+# 8. HTTP client
 #    Kept-alive connections that read into a buffer of the caller's.
 # ==============================================================================
 
@@ -2520,7 +2530,7 @@ def ask_json(pool: Pool, node: Node, method: str, target: str, data: Any = None,
 
 
 # ==============================================================================
-# 8. Store
+# 9. Store
 #    A task's bytes on disk and the journal that says which of them are true.  The
 #    same class on supernode and peer.  Knows pieces and files; knows no peers, no
 #    HTTP.
@@ -3106,7 +3116,7 @@ class ReadAlong:
 
 
 # ==============================================================================
-# 9. Origin
+# 10. Origin
 #    Everything that is asked of the source station: whole, ranged and conditional
 #    GET, redirects, proxies, headers, TLS; and reading a body into pieces.
 #    By urllib, which is imported only where an origin is really asked.
@@ -3459,6 +3469,142 @@ def if_range(version: str) -> List[Tuple[str, str]]:
     return [("If-Range", mark)] if mark and not content_of(etag) else []
 
 
+def bare(url: str) -> str:
+    """Return a URL, or a path, as it may be shown to everybody: a user, a password or a signature may be in the rest."""
+    return re.sub(r"^([\w+.-]+://)[^/]*@", r"\1", url.partition("?")[0])
+
+
+class BadGateway(SourceError):
+    """A site can't be asked what a client wants of it through us."""
+    http = 502
+
+
+class Upstream:
+    """Connections to registries and other sites, TLS among them, kept alive, for requests and answers that are passed on as
+    they come.  By http.client, which knows more forms of a body than our own client.  _lock guards _idle."""
+
+    KEEP = 8  # idle connections kept for one site
+    CONNECT_S = 10.0  # TLS included
+    ANSWER_S = 120.0  # without a byte: a registry may have to commit a large layer first
+
+    def __init__(self, trust: Callable[[str], Tuple[bool, List[str]]]) -> None:
+        self._trust = trust  # of a site (host, or host:port): whether any certificate is good, and more CAs
+        self._lock = threading.Lock()
+        self._idle = collections.defaultdict(list)  # type: Dict[Tuple[str, str], List[Any]]
+
+    def trust(self, url: str) -> Tuple[bool, List[str]]:
+        """Return whether any certificate of a URL's site is good, and the CAs that count there besides the system's."""
+        return self._trust(urlsplit(url).netloc.rpartition("@")[2])
+
+    def ask(self, method: str, url: str, headers: Any, body: Optional[Iterator[bytes]] = None, length: Optional[int] = 0) -> Tuple[Any, Any]:
+        """Send a request with a body of `length` bytes (None: as many as come), and return (connection, answer) once the
+        answer's head is there; end with `done`.  Raises BadGateway, and what `body` raises."""
+        import http.client
+        parts = urlsplit(url)
+        target = quote(url.partition("://")[2][len(parts.netloc):], safe="%/?:@!$&'()*+,;=~#[]|^{}`\\\"<>", encoding="latin-1")
+        while True:
+            connection, kept, prefix = self._connection(parts)
+            try:
+                connection.putrequest(method, prefix + (target if target[:1] == "/" else "/" + target), skip_host=True, skip_accept_encoding=True)
+                for name, value in [("Host", parts.netloc.rpartition("@")[2])] + list(headers):
+                    connection.putheader(name, value.encode("latin-1", "replace"))
+                self._send_body(connection, method, body, length)
+                return connection, connection.getresponse()
+            except (http.client.HTTPException, OSError, ValueError) as error:
+                connection.close()
+                if kept and not body and isinstance(error, (ConnectionError, http.client.BadStatusLine)):
+                    continue  # it was closed just before we asked
+                raise self._failure(parts, error)
+            except BaseException:
+                connection.close()
+                raise
+
+    @staticmethod
+    def _send_body(connection: Any, method: str, body: Optional[Iterator[bytes]], length: Optional[int]) -> None:
+        chunked = bool(body) and length is None
+        if chunked:
+            connection.putheader("Transfer-Encoding", "chunked")
+        elif body or method in ("POST", "PUT", "PATCH"):
+            connection.putheader("Content-Length", str(length if body else 0))
+        connection.endheaders()
+        try:
+            for data in body or ():
+                connection.send(b"%x\r\n%s\r\n" % (len(data), data) if chunked else data)
+            if chunked:
+                connection.send(b"0\r\n\r\n")
+        except ConnectionError:  # it wants no more: the answer says why
+            pass
+
+    def _connection(self, parts: Any) -> Tuple[Any, bool, str]:
+        """Return a connection for a URL, whether it has been used before, and what goes before each path on it.  Raises BadGateway."""
+        import http.client
+        import urllib.request
+        host, port = split_host(parts.netloc.rpartition("@")[2], 443 if parts.scheme == "https" else 80)
+        proxy = "" if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(parts.scheme, "")
+        prefix = "http://" + parts.netloc if proxy and parts.scheme == "http" else ""
+        kept = self._kept(parts)
+        if kept:
+            return kept, True, prefix
+        try:
+            way = split_host(urlsplit(proxy).netloc.rpartition("@")[2], 80) if proxy else (host, port)
+            if parts.scheme == "https":
+                context = tls_context(*self.trust(parts.geturl()))
+                connection = http.client.HTTPSConnection(way[0], way[1], timeout=self.CONNECT_S, context=context)  # type: Any
+                if proxy:
+                    connection.set_tunnel(host, port)
+            else:
+                connection = http.client.HTTPConnection(way[0], way[1], timeout=self.CONNECT_S)
+            connection.connect()
+        except (http.client.HTTPException, OSError, ValueError) as error:
+            raise self._failure(parts, error)
+        connection.sock.settimeout(self.ANSWER_S)
+        return connection, False, prefix
+
+    def _kept(self, parts: Any) -> Any:
+        """Return an idle connection that the other end has not closed; None without one."""
+        while True:
+            with self._lock:
+                idle = self._idle[parts.scheme, parts.netloc]
+                if not idle:
+                    return None
+                connection = idle.pop()
+            if not readable([connection.sock], 0):
+                return connection
+            connection.close()
+
+    @staticmethod
+    def _failure(parts: Any, error: Exception) -> BadGateway:
+        late = isinstance(error, socket.timeout)
+        reason = "no answer in time" if late else getattr(error, "verify_message", "") or getattr(error, "strerror", "") or error
+        failure = BadGateway("%s://%s: %s" % (parts.scheme, parts.netloc.rpartition("@")[2], reason or type(error).__name__))
+        failure.http = 504 if late else 502
+        return failure
+
+    def done(self, url: str, connection: Any, answer: Any) -> None:
+        """Keep a connection whose answer has been read to its end; else hang up."""
+        parts = urlsplit(url)
+        with self._lock:
+            idle = self._idle[parts.scheme, parts.netloc]
+            if answer.isclosed() and not answer.will_close and connection.sock and len(idle) < self.KEEP:
+                idle.append(connection)
+                return
+        answer.close()
+        connection.close()
+
+    def close(self) -> None:
+        """Hang up on everybody that nobody is talking to."""
+        with self._lock:
+            for connection in sum(self._idle.values(), []):
+                connection.close()
+            self._idle.clear()
+
+
+# ==============================================================================
+# 11. Filling
+#    A file from its origin into a TaskFile: in order, resumed where a connection
+#    breaks, with patience for an origin that has trouble.
+# ==============================================================================
+
 class Patience:
     """When an origin that fails is asked again, and when no more: TRIES times without a new byte, or as often as it says when
     (Retry-After), MOST_S in all.  One for each fetch, used by its thread."""
@@ -3698,138 +3844,8 @@ class Filler:
         self._on_piece(num)
 
 
-def bare(url: str) -> str:
-    """Return a URL, or a path, as it may be shown to everybody: a user, a password or a signature may be in the rest."""
-    return re.sub(r"^([\w+.-]+://)[^/]*@", r"\1", url.partition("?")[0])
-
-
-class BadGateway(SourceError):
-    """A site can't be asked what a client wants of it through us."""
-    http = 502
-
-
-class Upstream:
-    """Connections to registries and other sites, TLS among them, kept alive, for requests and answers that are passed on as
-    they come.  By http.client, which knows more forms of a body than our own client.  _lock guards _idle."""
-
-    KEEP = 8  # idle connections kept for one site
-    CONNECT_S = 10.0  # TLS included
-    ANSWER_S = 120.0  # without a byte: a registry may have to commit a large layer first
-
-    def __init__(self, trust: Callable[[str], Tuple[bool, List[str]]]) -> None:
-        self._trust = trust  # of a site (host, or host:port): whether any certificate is good, and more CAs
-        self._lock = threading.Lock()
-        self._idle = collections.defaultdict(list)  # type: Dict[Tuple[str, str], List[Any]]
-
-    def trust(self, url: str) -> Tuple[bool, List[str]]:
-        """Return whether any certificate of a URL's site is good, and the CAs that count there besides the system's."""
-        return self._trust(urlsplit(url).netloc.rpartition("@")[2])
-
-    def ask(self, method: str, url: str, headers: Any, body: Optional[Iterator[bytes]] = None, length: Optional[int] = 0) -> Tuple[Any, Any]:
-        """Send a request with a body of `length` bytes (None: as many as come), and return (connection, answer) once the
-        answer's head is there; end with `done`.  Raises BadGateway, and what `body` raises."""
-        import http.client
-        parts = urlsplit(url)
-        target = quote(url.partition("://")[2][len(parts.netloc):], safe="%/?:@!$&'()*+,;=~#[]|^{}`\\\"<>", encoding="latin-1")
-        while True:
-            connection, kept, prefix = self._connection(parts)
-            try:
-                connection.putrequest(method, prefix + (target if target[:1] == "/" else "/" + target), skip_host=True, skip_accept_encoding=True)
-                for name, value in [("Host", parts.netloc.rpartition("@")[2])] + list(headers):
-                    connection.putheader(name, value.encode("latin-1", "replace"))
-                self._send_body(connection, method, body, length)
-                return connection, connection.getresponse()
-            except (http.client.HTTPException, OSError, ValueError) as error:
-                connection.close()
-                if kept and not body and isinstance(error, (ConnectionError, http.client.BadStatusLine)):
-                    continue  # it was closed just before we asked
-                raise self._failure(parts, error)
-            except BaseException:
-                connection.close()
-                raise
-
-    @staticmethod
-    def _send_body(connection: Any, method: str, body: Optional[Iterator[bytes]], length: Optional[int]) -> None:
-        chunked = bool(body) and length is None
-        if chunked:
-            connection.putheader("Transfer-Encoding", "chunked")
-        elif body or method in ("POST", "PUT", "PATCH"):
-            connection.putheader("Content-Length", str(length if body else 0))
-        connection.endheaders()
-        try:
-            for data in body or ():
-                connection.send(b"%x\r\n%s\r\n" % (len(data), data) if chunked else data)
-            if chunked:
-                connection.send(b"0\r\n\r\n")
-        except ConnectionError:  # it wants no more: the answer says why
-            pass
-
-    def _connection(self, parts: Any) -> Tuple[Any, bool, str]:
-        """Return a connection for a URL, whether it has been used before, and what goes before each path on it.  Raises BadGateway."""
-        import http.client
-        import urllib.request
-        host, port = split_host(parts.netloc.rpartition("@")[2], 443 if parts.scheme == "https" else 80)
-        proxy = "" if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get(parts.scheme, "")
-        prefix = "http://" + parts.netloc if proxy and parts.scheme == "http" else ""
-        kept = self._kept(parts)
-        if kept:
-            return kept, True, prefix
-        try:
-            way = split_host(urlsplit(proxy).netloc.rpartition("@")[2], 80) if proxy else (host, port)
-            if parts.scheme == "https":
-                context = tls_context(*self.trust(parts.geturl()))
-                connection = http.client.HTTPSConnection(way[0], way[1], timeout=self.CONNECT_S, context=context)  # type: Any
-                if proxy:
-                    connection.set_tunnel(host, port)
-            else:
-                connection = http.client.HTTPConnection(way[0], way[1], timeout=self.CONNECT_S)
-            connection.connect()
-        except (http.client.HTTPException, OSError, ValueError) as error:
-            raise self._failure(parts, error)
-        connection.sock.settimeout(self.ANSWER_S)
-        return connection, False, prefix
-
-    def _kept(self, parts: Any) -> Any:
-        """Return an idle connection that the other end has not closed; None without one."""
-        while True:
-            with self._lock:
-                idle = self._idle[parts.scheme, parts.netloc]
-                if not idle:
-                    return None
-                connection = idle.pop()
-            if not readable([connection.sock], 0):
-                return connection
-            connection.close()
-
-    @staticmethod
-    def _failure(parts: Any, error: Exception) -> BadGateway:
-        late = isinstance(error, socket.timeout)
-        reason = "no answer in time" if late else getattr(error, "verify_message", "") or getattr(error, "strerror", "") or error
-        failure = BadGateway("%s://%s: %s" % (parts.scheme, parts.netloc.rpartition("@")[2], reason or type(error).__name__))
-        failure.http = 504 if late else 502
-        return failure
-
-    def done(self, url: str, connection: Any, answer: Any) -> None:
-        """Keep a connection whose answer has been read to its end; else hang up."""
-        parts = urlsplit(url)
-        with self._lock:
-            idle = self._idle[parts.scheme, parts.netloc]
-            if answer.isclosed() and not answer.will_close and connection.sock and len(idle) < self.KEEP:
-                idle.append(connection)
-                return
-        answer.close()
-        connection.close()
-
-    def close(self) -> None:
-        """Hang up on everybody that nobody is talking to."""
-        with self._lock:
-            for connection in sum(self._idle.values(), []):
-                connection.close()
-            self._idle.clear()
-
-
 # ==============================================================================
-# 10. Scheduler's books
+# 12. Scheduler's books
 #    What is known of a task: its pieces and how rare each is, who has and who fetches
 #    them, on which hosts, in which racks and sites.  Decides nothing.
 # ==============================================================================
@@ -4028,7 +4044,7 @@ def _level(count: int) -> int:
 
 
 # ==============================================================================
-# 11. Scheduler
+# 13. Scheduler
 #    Who fetches which piece from whom.  Pure: no sockets, no files, no locks, no
 #    clock of its own, so that a simulator drives the very class that runs.  Its
 #    caller serialises all calls.
@@ -4659,11 +4675,10 @@ def _common(peer: _Peer, holder: Optional[_Peer]) -> int:
 
 
 # ==============================================================================
-# 12. CDN
-#    From origin to seed pieces: one fetch a task, the cache on disk, whether it is
-#    still what the origin has, and room for the next.  Knows no peers.
+# 14. Cache rules
+#    How long what an origin said holds, whose fetch is next, which files have to go,
+#    and where they lie.
 # ==============================================================================
-
 
 class Caching(NamedTuple):
     """How long an origin lets its answer be used without another question.  RFC 9111, 4.2"""
@@ -4774,6 +4789,73 @@ class DiskRules(NamedTuple):
             return "expired"
         return "full" if free < self.full else "young" if free < self.young and unused_s > YOUNG_S else ""
 
+
+def path_of_task(folder: str, task_id: str) -> str:
+    """Return where a task's bytes lie in a folder of the cache.  Wire: 5.2"""
+    return os.path.join(folder, task_id[:3], task_id)
+
+
+def cached_files(folder: str) -> List[Tuple[float, int, str]]:
+    """Return (last use, bytes on the disk, path) of every file in a folder of the cache, oldest use first."""
+    found = []
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(place, name)
+            if re.match(r"^[0-9a-f]{64}$", name):
+                try:
+                    stat = os.stat(path)
+                except OSError:
+                    continue
+                found.append((max(stat.st_atime, stat.st_mtime), stat.st_blocks * 512, path))
+    return sorted(found)
+
+
+class MemoryShelf:
+    """The part of a cache that lies in a memory file system: new files go there as long as they fit, the longest unused ones move to
+    the disk so that a quarter stays free.  _lock guards _promised."""
+
+    def __init__(self, folder: str, capacity: int) -> None:
+        self.folder = make_folder(folder)
+        self._capacity = capacity  # bytes, of all files there
+        self._lock = threading.Lock()
+        self._promised = {}  # type: Dict[str, int]  # bytes of files that are being written, by task
+
+    def files(self) -> List[Tuple[float, int, str]]:
+        """As cached_files."""
+        return cached_files(self.folder)
+
+    def take(self, need: int, task_id: str) -> bool:
+        """Promise room for a file of so many bytes, unless there is none."""
+        sizes = {os.path.basename(path): size for _, size, path in self.files()}
+        try:
+            free = free_bytes(self.folder)
+        except OSError:
+            return False
+        with self._lock:
+            others = {name: promised for name, promised in self._promised.items() if name != task_id}
+            coming = sum(max(0, promised - sizes.get(name, 0)) for name, promised in others.items())
+            own = sizes.get(task_id, 0)
+            room = min(self._capacity - sum(sizes.values()) + own, free + own) - coming
+            if need + (64 << 10) > room:  # there is a journal, too
+                return False
+            self._promised[task_id] = need
+            return True
+
+    def ended(self, task_id: str) -> None:
+        """What was promised is written, or will not be."""
+        with self._lock:
+            self._promised.pop(task_id, None)
+
+    def excess(self) -> int:
+        """Return how many bytes are to move to the disk."""
+        return sum(size for _, size, _ in self.files()) - self._capacity * 3 // 4
+
+
+# ==============================================================================
+# 15. CDN
+#    From origin to seed pieces: one fetch a task, the cache on disk, whether it is
+#    still what the origin has, and room for the next.  Knows no peers.
+# ==============================================================================
 
 class Sibling:
     """Another supernode that has, or gets, a task's file, and has taken us in for it."""
@@ -5224,67 +5306,6 @@ class CdnTask:
             count()
 
 
-def path_of_task(folder: str, task_id: str) -> str:
-    """Return where a task's bytes lie in a folder of the cache.  Wire: 5.2"""
-    return os.path.join(folder, task_id[:3], task_id)
-
-
-def cached_files(folder: str) -> List[Tuple[float, int, str]]:
-    """Return (last use, bytes on the disk, path) of every file in a folder of the cache, oldest use first."""
-    found = []
-    for place, _, names in os.walk(folder):
-        for name in names:
-            path = os.path.join(place, name)
-            if re.match(r"^[0-9a-f]{64}$", name):
-                try:
-                    stat = os.stat(path)
-                except OSError:
-                    continue
-                found.append((max(stat.st_atime, stat.st_mtime), stat.st_blocks * 512, path))
-    return sorted(found)
-
-
-class MemoryShelf:
-    """The part of a cache that lies in a memory file system: new files go there as long as they fit, the longest unused ones move to
-    the disk so that a quarter stays free.  _lock guards _promised."""
-
-    def __init__(self, folder: str, capacity: int) -> None:
-        self.folder = make_folder(folder)
-        self._capacity = capacity  # bytes, of all files there
-        self._lock = threading.Lock()
-        self._promised = {}  # type: Dict[str, int]  # bytes of files that are being written, by task
-
-    def files(self) -> List[Tuple[float, int, str]]:
-        """As cached_files."""
-        return cached_files(self.folder)
-
-    def take(self, need: int, task_id: str) -> bool:
-        """Promise room for a file of so many bytes, unless there is none."""
-        sizes = {os.path.basename(path): size for _, size, path in self.files()}
-        try:
-            free = free_bytes(self.folder)
-        except OSError:
-            return False
-        with self._lock:
-            others = {name: promised for name, promised in self._promised.items() if name != task_id}
-            coming = sum(max(0, promised - sizes.get(name, 0)) for name, promised in others.items())
-            own = sizes.get(task_id, 0)
-            room = min(self._capacity - sum(sizes.values()) + own, free + own) - coming
-            if need + (64 << 10) > room:  # there is a journal, too
-                return False
-            self._promised[task_id] = need
-            return True
-
-    def ended(self, task_id: str) -> None:
-        """What was promised is written, or will not be."""
-        with self._lock:
-            self._promised.pop(task_id, None)
-
-    def excess(self) -> int:
-        """Return how many bytes are to move to the disk."""
-        return sum(size for _, size, _ in self.files()) - self._capacity * 3 // 4
-
-
 class Cdn:
     """The cache of a supernode: where tasks lie, which may go.  _lock guards _tasks and _reserved."""
 
@@ -5537,7 +5558,7 @@ class Cdn:
 
 
 # ==============================================================================
-# 13. Swarm
+# 16. Swarm
 #    The tasks of a supernode and their clients: who is in, who may read, who is
 #    gone; over scheduler and CDN, told by both.  Knows no requests.
 # ==============================================================================
@@ -6007,7 +6028,7 @@ class Swarm(CdnEvents):
 
 
 # ==============================================================================
-# 14. Preheat
+# 17. Preheat
 #    A file, or all that is in an image, brought into the cache before anybody asks for
 #    it: by an operator's word, or by a registry's that something was pushed.
 # ==============================================================================
@@ -6300,7 +6321,7 @@ class Preheats:
 
 
 # ==============================================================================
-# 15. Supernode
+# 18. Supernode
 #    The HTTP API of a supernode: the old one as a thin translation onto the same
 #    calls, and ours, one long-polled request for everything.  Knows no files.
 # ==============================================================================
@@ -6984,7 +7005,7 @@ class Supernode:
 
 
 # ==============================================================================
-# 16. Uploader
+# 19. Uploader
 #    A host's piece server: one process for all downloads of a home folder, reached
 #    by them through a socket file and by the world through one port.  Outlives the
 #    downloads; knows no supernode but to say good-bye.
@@ -7459,9 +7480,8 @@ class Companion:
 
 
 # ==============================================================================
-# 17. Fetching
-#    The threads that fetch pieces from whoever has them, and the line to a supernode,
-#    native or old, on which they are ordered and reported.
+# 20. Fetching
+#    The threads that fetch pieces from whoever has them.
 # ==============================================================================
 
 FETCHERS = 3  # pieces under way at once, as many as a peer uploads: where all have as many, the links share out evenly
@@ -7839,6 +7859,12 @@ class _Superseded(DflyError):
 
     why = ""
 
+
+# ==============================================================================
+# 21. Lines
+#    The conversation with a supernode on which pieces are ordered and reported, native
+#    or old.
+# ==============================================================================
 
 class Registration(NamedTuple):
     """What a supernode said to our register."""
@@ -8221,7 +8247,7 @@ class PullLine:
 
 
 # ==============================================================================
-# 18. Downloader
+# 22. Downloader
 #    `get`: from a supernode and its peers, or back to source; resume, the last check,
 #    progress and the last lines.  And a supernode as the client of another one.
 # ==============================================================================
@@ -8796,6 +8822,12 @@ class Download:
         return self.store.layout.length or 0 if self.store else 0
 
 
+# ==============================================================================
+# 23. Siblings
+#    A supernode as a client of others: one of them asks the origin, the rest take part
+#    in its swarm.
+# ==============================================================================
+
 class Siblings:
     """The other supernodes of a region, so that one fetch from far away serves all of it.
 
@@ -8995,7 +9027,7 @@ class Silence:
 
 
 # ==============================================================================
-# 19. Daemon's door
+# 24. Daemon's door
 #    Where a host's container engines knock: an idle connection costs a place in a
 #    selector; a request that runs has a thread, which reads its body itself.
 # ==============================================================================
@@ -9458,7 +9490,7 @@ class Doorway(Server):
 
 
 # ==============================================================================
-# 20. Blobs
+# 25. Blobs
 #    What the daemon has of files from the swarm: one download each, and everybody who
 #    reads along.
 # ==============================================================================
@@ -9758,7 +9790,7 @@ class Blobs:
 
 
 # ==============================================================================
-# 21. Daemon
+# 26. Daemon
 #    The registry mirror and HTTP proxy: blobs come by the swarm, all else straight
 #    from where it is asked of.
 # ==============================================================================
@@ -10343,7 +10375,7 @@ class Daemon:
 
 
 # ==============================================================================
-# 22. Engines
+# 27. Engines
 #    The settings that make docker, containerd and podman ask the daemon first:
 #    put in, and taken out again without a trace.
 # ==============================================================================
@@ -10534,7 +10566,7 @@ class EngineSettings:
 
 
 # ==============================================================================
-# 23. Config Service
+# 28. Config Service
 #    Which supernodes there are and how they do: they say so themselves, and clients
 #    ask for the nearest.  Its books and its API; the supernode's word to it; and the
 #    client's list, which outlives it.  Knows no tasks.
@@ -11064,7 +11096,7 @@ class NodeList:
 
 
 # ==============================================================================
-# 24. Demo
+# 29. Demo
 #    The main job on one machine, to see it work.
 # ==============================================================================
 
@@ -11213,8 +11245,8 @@ class Demo:
 
 
 # ==============================================================================
-# 25. Command line
-#    Flags, the programs they start, and what a link's name means.
+# 30. Flags
+#    The flags of each command, over /etc/dragonfly.conf and the old programs' files.
 # ==============================================================================
 
 USAGE = "dfly.py get | supernode | peer | daemon | config | status | preheat | demo | version   (--help after any of them)"
@@ -11406,49 +11438,6 @@ def get_parser(command: str) -> Any:
     return parser
 
 
-def run_get(arguments: List[str], old: bool) -> int:
-    """`get` and `dfget`: download; return the exit status."""
-    options = _parse(get_parser("dfget" if old else "dfly.py get"), "get", arguments)
-    if options.version:
-        print("dfget version:%s" % VERSION)
-        return 0
-    options.url = options.url or options.address
-    if not options.url:
-        raise BadUsage("say what to download with -u URL")
-    if not re.match(r"^https?://[^/\s]+", options.url, re.I):
-        raise BadUsage("not an http(s) URL: %r" % options.url)
-    if options.md5 and not re.match(r"^[0-9a-fA-F]{32}$", options.md5):
-        raise BadUsage("not an MD5: %r" % options.md5)
-    if not options.minrate:
-        raise BadUsage("--minrate must be more than 0")
-    if options.cacerts:
-        tls_context(options.insecure, options.cacerts)
-
-    try:
-        download = Download(options)
-    except BadRequest as error:
-        raise BadUsage(str(error))
-    try:
-        download.run()
-    except FinalFailure as failure:
-        download.last_lines(failure)
-        return failure.old_exit if old else failure.exit
-    download.last_lines(None)
-    return 0
-
-
-def run_peer(arguments: List[str]) -> int:
-    """`peer`: be this host's uploader, in the foreground.  Wire: 7"""
-    parser = _parser("dfly.py peer", "Serve this host's downloads to other peers; `get` starts one by itself.")
-    _common_peer_flags(parser)
-    for name in ("--meta", "--data"):  # as dfget 1.0 starts its own
-        _flag(parser, name, default="", metavar="PATH", help="accepted for compatibility")
-    options = _parse(parser, "peer", arguments)
-    run_uploader(options.home, "", options.port, options.expiretime, options.alivetime, options.totallimit,
-                 options.compress != "off", options.verbose, lambda port: print("dfget uploader server port is %d" % port, flush=True))
-    return 0
-
-
 def _accounts(text: str) -> Dict[str, str]:
     """Return Authorization by host of `HOST=USER:PASSWORD,…`.  Raises BadUsage."""
     import base64
@@ -11517,122 +11506,6 @@ def supernode_parser(command: str) -> Any:
     _flag(parser, "--cdn-pattern", choices=("local", "cdn"), default="local", help="accepted for compatibility")
     _flag(parser, "-D", "--debug", action="store_true", help="keep debug lines in the log")
     return parser
-
-
-def first_address() -> str:
-    """Return this host's first IPv4 address that is not a loopback one, else 127.0.0.1."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.connect(("192.0.2.1", 9))  # sends nothing: it only asks the routing table
-            return sock.getsockname()[0]
-        except OSError:
-            return "127.0.0.1"
-
-
-def warm_up() -> None:
-    """Load, aside, what the first request to an origin would else wait for: a fifth of a second on small hosts."""
-    def load() -> None:
-        import http.client  # noqa: F401
-        import urllib.request
-        urllib.request.getproxies()
-        tls_context(False, ())
-
-    threading.Thread(target=load, name="dfly-warm-up", daemon=True).start()
-
-
-def many_descriptors() -> None:
-    """Allow this process as many open connections as the system does."""
-    import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (ValueError, OSError):  # not allowed here: the soft limit will do
-            pass
-
-
-def ended_by_signal() -> threading.Event:
-    """Return what SIGTERM and SIGINT set."""
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
-    return ended
-
-
-def _disk_rules(options: Any) -> DiskRules:
-    """Return the rules for the disk of a cache, as far as they are not given made for its size.  Wire: 10.4"""
-    stat = os.statvfs(options.home)
-    whole = stat.f_blocks * stat.f_frsize
-    young, full = options.young_gc_threshold, options.full_gc_threshold
-    return DiskRules(options.disk_reserve, options.capacity, options.cache_expire_time,
-                     min(100 << 30, whole // 4) if young is None else young, min(5 << 30, whole // 20) if full is None else full)
-
-
-def _memory_shelf(options: Any) -> Optional[MemoryShelf]:
-    """Return the part of the cache that lies in memory, None where there is to be none; then what an earlier run had there goes."""
-    name = "dfly-%d-%s" % (os.getuid(), hashlib.sha256(os.path.abspath(options.home).encode("utf-8", "surrogateescape")).hexdigest()[:16])
-    folder = options.memory_folder or os.path.join("/dev/shm", name)
-    if not options.memory_cache:
-        if not options.memory_folder and os.path.isdir(folder) and os.lstat(folder).st_uid == os.getuid():
-            import shutil
-            shutil.rmtree(folder, ignore_errors=True)
-        return None
-    make_folder(folder, 0o700)
-    if os.lstat(folder).st_uid != os.getuid() or os.path.islink(folder):
-        raise CannotWrite("%s belongs to somebody else" % folder)
-    return MemoryShelf(os.path.join(folder, "download"), options.memory_cache)
-
-
-def run_supernode(arguments: List[str], old: bool = False) -> int:
-    """`supernode`: serve until a signal comes."""
-    options = _parse(supernode_parser("supernode" if old else "dfly.py supernode"), "supernode", arguments)
-    if options.max_bandwidth and options.system_bandwidth >= options.max_bandwidth:
-        raise BadUsage("--system-bandwidth leaves nothing of --max-bandwidth")
-    many_descriptors()
-    log = Log(os.path.join(options.home, "logs", "app.log"), str(os.getpid()), options.debug)
-    make_folder(options.home)
-    lock = FileLock(os.path.join(options.home, "supernode.lock"))
-    if not lock.acquire(2.0):
-        raise CannotWrite("%s: another supernode uses this home" % options.home)
-    rate = options.max_bandwidth - options.system_bandwidth if options.max_bandwidth else 0
-    cdn = Cdn(options.home, log, TokenBucket(rate), options.fail_access_interval, _disk_rules(options), Turns(options.fetches, options.origin_fetches),
-              memory=_memory_shelf(options))
-    scheduler = Scheduler(up_slots=options.up_limit, seed_slots=options.seed_limit)
-    ip = options.advertise_ip or first_address()
-    swarm = Swarm(ip, log, scheduler, cdn, options.task_expire_time, time.monotonic)
-    fence = Fence(options.allow_origins, options.deny_origins)
-    preheats = Preheats(swarm, fence, log, options.registry_auth)
-    api_sock, piece_sock = listen(options.bind, options.port), listen(options.bind, options.download_port)
-    sibling = {"node": join_host(ip, api_sock.getsockname()[1]), "weight": options.weight, "instance": os.urandom(16).hex()}
-    if options.peers:
-        cdn.siblings = Siblings(options.peers, sibling, piece_sock.getsockname()[1], options.location, cdn.bucket,
-                                 Turns(options.fetches, options.fetches), log, options.compress != "off")
-    supernode = Supernode(swarm, preheats, ip, log, fence, options.trusted_peers, options.down_limit,
-                          squeezer=Squeezer(64 << 20) if options.compress != "off" else None, about=sibling)
-    api = Server(api_sock, Supernode.ROUTES, supernode, log, "api")
-    pieces = Server(piece_sock, Supernode.PIECE_ROUTES, supernode, log, "pieces", TokenBucket(rate))
-    about = {"ip": ip, "port": api.address[1], "label": options.location, "weight": options.weight, "version": VERSION}
-    announcer = Announcer(options.config_service, about, supernode.load, log) if options.config_service else None
-    ended = ended_by_signal()
-    supernode.serve(api, pieces)
-    warm_up()
-    if announcer:
-        announcer.start()
-    if cdn.siblings:
-        cdn.siblings.start()
-    log.info("supernode %s on %s, %s", VERSION, join_host(ip, api.address[1]), accelerator())
-    print("supernode listening on %s pieces on %s" % (join_host(ip, api.address[1]), join_host(ip, pieces.address[1])), flush=True)
-    while not ended.wait(0.5):  # a signal that comes just before the wait would else be seen after it
-        pass
-    if announcer:
-        announcer.stop()
-    if cdn.siblings:
-        cdn.siblings.stop()
-    supernode.stop()
-    lock.release()
-    log.info("supernode ends")
-    log.close()
-    return 0
 
 
 def _exiting(status: int, parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -11780,6 +11653,211 @@ def _daemon_options(options: Any, trust: Callable[[str], Tuple[bool, List[str]]]
     return options_for
 
 
+def _ca_flags(parser: Any) -> None:
+    _flag(parser, "--ca-cert", "--cacert", default="", metavar="FILE", help="certificate of the CA for --open (HOME/dfdaemon/ca.crt)")
+    _flag(parser, "--ca-key", "--cakey", default="", metavar="FILE", help="its private key (HOME/dfdaemon/ca.key)")
+
+
+def _ca_paths(options: Any) -> None:
+    options.ca_cert = os.path.abspath(options.ca_cert or os.path.join(options.home, "dfdaemon", "ca.crt"))
+    options.ca_key = os.path.abspath(options.ca_key or os.path.join(options.home, "dfdaemon", "ca.key"))
+
+
+def config_parser() -> Any:
+    """Return the parser of `config`."""
+    parser = _parser("dfly.py config", "Be the Config Service: know which supernodes there are, and tell clients the nearest.")
+    _flag(parser, "--home", metavar="FOLDER", default="~/.small-dragonfly/config", help="what it knows, and logs")
+    _flag(parser, "--port", type=_port, default=CONFIG_PORT, help="to listen on (8004; 0: any)")
+    _flag(parser, "--bind", "--ip", default="", metavar="IP", help="address to listen on (all)")
+    _flag(parser, "--subnet", action="append", default=[], metavar="NETWORK=SITE/RACK", help="where hosts that do not say it are; may be repeated")
+    _flag(parser, "--supernodes", type=HostList, default="", metavar="NETWORK,…", help="from where supernodes may register (all)")
+    _flag(parser, "--interval", type=parse_duration, default=HEARTBEAT_S, help="between two words of a supernode; after three it is unhealthy (10s)")
+    _flag(parser, "--refresh", type=parse_duration, default=REFRESH_S, help="how long clients use the same list (1m)")
+    return parser
+
+
+def preheat_parser() -> Any:
+    """Return the parser of `preheat`."""
+    parser = _parser("dfly.py preheat", "Have a file or an image on the supernodes before anybody asks for it.")
+    parser.add_argument("what", metavar="URL|IMAGE", help="http(s) URL of a file or a manifest, or an image as docker names it")
+    _flag(parser, "-n", "--node", dest="nodes", type=parse_nodes, default="127.0.0.1:8002", metavar="HOST[:PORT][=WEIGHT],…", help="supernodes: all of them")
+    _flag(parser, "--config-service", type=parse_service, default="", metavar="HOST[:PORT]", help="who knows the supernodes, where --node does not say")
+    _flag(parser, "--location", type=_label, default="", metavar="SITE/RACK", help="those that the Config Service knows there only")
+    _flag(parser, "-f", "--filter", default="", metavar="a&b", help="query parameters that do not matter to which file it is")
+    _flag(parser, "-i", "--identifier", default="", metavar="ID", help="makes the same URL another task")
+    _flag(parser, "--header", action="append", default=[], metavar="'NAME: VALUE'", help="header for the origin or the registry; may be repeated")
+    _flag(parser, "--user", default="", metavar="NAME:PASSWORD", help="account at the origin or the registry")
+    _flag(parser, "--plain-http", action="store_true", help="an image's registry speaks HTTP without TLS")
+    _flag(parser, "--insecure", action="store_true", help="take any certificate of the origin")
+    _flag(parser, "--no-wait", action="store_true", help="do not wait for the end")
+    _flag(parser, "--timeout", type=parse_duration, default=1800.0, metavar="TIME", help="longest wait for the end (30m)")
+    return parser
+
+
+# ==============================================================================
+# 31. Programs
+#    What each command does with its flags; main.
+# ==============================================================================
+
+def run_get(arguments: List[str], old: bool) -> int:
+    """`get` and `dfget`: download; return the exit status."""
+    options = _parse(get_parser("dfget" if old else "dfly.py get"), "get", arguments)
+    if options.version:
+        print("dfget version:%s" % VERSION)
+        return 0
+    options.url = options.url or options.address
+    if not options.url:
+        raise BadUsage("say what to download with -u URL")
+    if not re.match(r"^https?://[^/\s]+", options.url, re.I):
+        raise BadUsage("not an http(s) URL: %r" % options.url)
+    if options.md5 and not re.match(r"^[0-9a-fA-F]{32}$", options.md5):
+        raise BadUsage("not an MD5: %r" % options.md5)
+    if not options.minrate:
+        raise BadUsage("--minrate must be more than 0")
+    if options.cacerts:
+        tls_context(options.insecure, options.cacerts)
+
+    try:
+        download = Download(options)
+    except BadRequest as error:
+        raise BadUsage(str(error))
+    try:
+        download.run()
+    except FinalFailure as failure:
+        download.last_lines(failure)
+        return failure.old_exit if old else failure.exit
+    download.last_lines(None)
+    return 0
+
+
+def run_peer(arguments: List[str]) -> int:
+    """`peer`: be this host's uploader, in the foreground.  Wire: 7"""
+    parser = _parser("dfly.py peer", "Serve this host's downloads to other peers; `get` starts one by itself.")
+    _common_peer_flags(parser)
+    for name in ("--meta", "--data"):  # as dfget 1.0 starts its own
+        _flag(parser, name, default="", metavar="PATH", help="accepted for compatibility")
+    options = _parse(parser, "peer", arguments)
+    run_uploader(options.home, "", options.port, options.expiretime, options.alivetime, options.totallimit,
+                 options.compress != "off", options.verbose, lambda port: print("dfget uploader server port is %d" % port, flush=True))
+    return 0
+
+
+def first_address() -> str:
+    """Return this host's first IPv4 address that is not a loopback one, else 127.0.0.1."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))  # sends nothing: it only asks the routing table
+            return sock.getsockname()[0]
+        except OSError:
+            return "127.0.0.1"
+
+
+def warm_up() -> None:
+    """Load, aside, what the first request to an origin would else wait for: a fifth of a second on small hosts."""
+    def load() -> None:
+        import http.client  # noqa: F401
+        import urllib.request
+        urllib.request.getproxies()
+        tls_context(False, ())
+
+    threading.Thread(target=load, name="dfly-warm-up", daemon=True).start()
+
+
+def many_descriptors() -> None:
+    """Allow this process as many open connections as the system does."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (ValueError, OSError):  # not allowed here: the soft limit will do
+            pass
+
+
+def ended_by_signal() -> threading.Event:
+    """Return what SIGTERM and SIGINT set."""
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    return ended
+
+
+def _disk_rules(options: Any) -> DiskRules:
+    """Return the rules for the disk of a cache, as far as they are not given made for its size.  Wire: 10.4"""
+    stat = os.statvfs(options.home)
+    whole = stat.f_blocks * stat.f_frsize
+    young, full = options.young_gc_threshold, options.full_gc_threshold
+    return DiskRules(options.disk_reserve, options.capacity, options.cache_expire_time,
+                     min(100 << 30, whole // 4) if young is None else young, min(5 << 30, whole // 20) if full is None else full)
+
+
+def _memory_shelf(options: Any) -> Optional[MemoryShelf]:
+    """Return the part of the cache that lies in memory, None where there is to be none; then what an earlier run had there goes."""
+    name = "dfly-%d-%s" % (os.getuid(), hashlib.sha256(os.path.abspath(options.home).encode("utf-8", "surrogateescape")).hexdigest()[:16])
+    folder = options.memory_folder or os.path.join("/dev/shm", name)
+    if not options.memory_cache:
+        if not options.memory_folder and os.path.isdir(folder) and os.lstat(folder).st_uid == os.getuid():
+            import shutil
+            shutil.rmtree(folder, ignore_errors=True)
+        return None
+    make_folder(folder, 0o700)
+    if os.lstat(folder).st_uid != os.getuid() or os.path.islink(folder):
+        raise CannotWrite("%s belongs to somebody else" % folder)
+    return MemoryShelf(os.path.join(folder, "download"), options.memory_cache)
+
+
+def run_supernode(arguments: List[str], old: bool = False) -> int:
+    """`supernode`: serve until a signal comes."""
+    options = _parse(supernode_parser("supernode" if old else "dfly.py supernode"), "supernode", arguments)
+    if options.max_bandwidth and options.system_bandwidth >= options.max_bandwidth:
+        raise BadUsage("--system-bandwidth leaves nothing of --max-bandwidth")
+    many_descriptors()
+    log = Log(os.path.join(options.home, "logs", "app.log"), str(os.getpid()), options.debug)
+    make_folder(options.home)
+    lock = FileLock(os.path.join(options.home, "supernode.lock"))
+    if not lock.acquire(2.0):
+        raise CannotWrite("%s: another supernode uses this home" % options.home)
+    rate = options.max_bandwidth - options.system_bandwidth if options.max_bandwidth else 0
+    cdn = Cdn(options.home, log, TokenBucket(rate), options.fail_access_interval, _disk_rules(options), Turns(options.fetches, options.origin_fetches),
+              memory=_memory_shelf(options))
+    scheduler = Scheduler(up_slots=options.up_limit, seed_slots=options.seed_limit)
+    ip = options.advertise_ip or first_address()
+    swarm = Swarm(ip, log, scheduler, cdn, options.task_expire_time, time.monotonic)
+    fence = Fence(options.allow_origins, options.deny_origins)
+    preheats = Preheats(swarm, fence, log, options.registry_auth)
+    api_sock, piece_sock = listen(options.bind, options.port), listen(options.bind, options.download_port)
+    sibling = {"node": join_host(ip, api_sock.getsockname()[1]), "weight": options.weight, "instance": os.urandom(16).hex()}
+    if options.peers:
+        cdn.siblings = Siblings(options.peers, sibling, piece_sock.getsockname()[1], options.location, cdn.bucket,
+                                 Turns(options.fetches, options.fetches), log, options.compress != "off")
+    supernode = Supernode(swarm, preheats, ip, log, fence, options.trusted_peers, options.down_limit,
+                          squeezer=Squeezer(64 << 20) if options.compress != "off" else None, about=sibling)
+    api = Server(api_sock, Supernode.ROUTES, supernode, log, "api")
+    pieces = Server(piece_sock, Supernode.PIECE_ROUTES, supernode, log, "pieces", TokenBucket(rate))
+    about = {"ip": ip, "port": api.address[1], "label": options.location, "weight": options.weight, "version": VERSION}
+    announcer = Announcer(options.config_service, about, supernode.load, log) if options.config_service else None
+    ended = ended_by_signal()
+    supernode.serve(api, pieces)
+    warm_up()
+    if announcer:
+        announcer.start()
+    if cdn.siblings:
+        cdn.siblings.start()
+    log.info("supernode %s on %s, %s", VERSION, join_host(ip, api.address[1]), accelerator())
+    print("supernode listening on %s pieces on %s" % (join_host(ip, api.address[1]), join_host(ip, pieces.address[1])), flush=True)
+    while not ended.wait(0.5):  # a signal that comes just before the wait would else be seen after it
+        pass
+    if announcer:
+        announcer.stop()
+    if cdn.siblings:
+        cdn.siblings.stop()
+    supernode.stop()
+    lock.release()
+    log.info("supernode ends")
+    log.close()
+    return 0
+
+
 def _daemon_folders(options: Any) -> FileLock:
     """Make the daemon's folders; return the lock that it must hold.  Raises BadSetting."""
     _exiting(11, make_folder)(options.home)
@@ -11833,16 +11911,6 @@ def run_gen_ca(arguments: List[str]) -> int:
           "  RHEL, SLES      cp %s /etc/pki/ca-trust/source/anchors/dfly.crt && update-ca-trust\n"
           "  docker only     cp %s /etc/docker/certs.d/REGISTRY/ca.crt" % ((options.ca_cert,) * 3))
     return 0
-
-
-def _ca_flags(parser: Any) -> None:
-    _flag(parser, "--ca-cert", "--cacert", default="", metavar="FILE", help="certificate of the CA for --open (HOME/dfdaemon/ca.crt)")
-    _flag(parser, "--ca-key", "--cakey", default="", metavar="FILE", help="its private key (HOME/dfdaemon/ca.key)")
-
-
-def _ca_paths(options: Any) -> None:
-    options.ca_cert = os.path.abspath(options.ca_cert or os.path.join(options.home, "dfdaemon", "ca.crt"))
-    options.ca_key = os.path.abspath(options.ca_key or os.path.join(options.home, "dfdaemon", "ca.key"))
 
 
 def _set_up(options: Any) -> int:
@@ -11917,19 +11985,6 @@ def run_daemon(arguments: List[str], old: bool) -> int:
     return 0
 
 
-def config_parser() -> Any:
-    """Return the parser of `config`."""
-    parser = _parser("dfly.py config", "Be the Config Service: know which supernodes there are, and tell clients the nearest.")
-    _flag(parser, "--home", metavar="FOLDER", default="~/.small-dragonfly/config", help="what it knows, and logs")
-    _flag(parser, "--port", type=_port, default=CONFIG_PORT, help="to listen on (8004; 0: any)")
-    _flag(parser, "--bind", "--ip", default="", metavar="IP", help="address to listen on (all)")
-    _flag(parser, "--subnet", action="append", default=[], metavar="NETWORK=SITE/RACK", help="where hosts that do not say it are; may be repeated")
-    _flag(parser, "--supernodes", type=HostList, default="", metavar="NETWORK,…", help="from where supernodes may register (all)")
-    _flag(parser, "--interval", type=parse_duration, default=HEARTBEAT_S, help="between two words of a supernode; after three it is unhealthy (10s)")
-    _flag(parser, "--refresh", type=parse_duration, default=REFRESH_S, help="how long clients use the same list (1m)")
-    return parser
-
-
 def run_config(arguments: List[str]) -> int:
     """`config`: serve until a signal comes."""
     options = _parse(config_parser(), "config", arguments)
@@ -11992,24 +12047,6 @@ def _status_lines(found: Dict[str, Any]) -> List[str]:
         lines.append("  %s  %s  %s in %s, from: %s%s" % (time.strftime("%H:%M:%S", time.localtime(blob["at"])), blob["blob"], show_size(blob["bytes"]),
                                                          show_time(blob["seconds"]), show_shares(blob["sources"]), blob["error"] and "; " + blob["error"]))
     return lines
-
-
-def preheat_parser() -> Any:
-    """Return the parser of `preheat`."""
-    parser = _parser("dfly.py preheat", "Have a file or an image on the supernodes before anybody asks for it.")
-    parser.add_argument("what", metavar="URL|IMAGE", help="http(s) URL of a file or a manifest, or an image as docker names it")
-    _flag(parser, "-n", "--node", dest="nodes", type=parse_nodes, default="127.0.0.1:8002", metavar="HOST[:PORT][=WEIGHT],…", help="supernodes: all of them")
-    _flag(parser, "--config-service", type=parse_service, default="", metavar="HOST[:PORT]", help="who knows the supernodes, where --node does not say")
-    _flag(parser, "--location", type=_label, default="", metavar="SITE/RACK", help="those that the Config Service knows there only")
-    _flag(parser, "-f", "--filter", default="", metavar="a&b", help="query parameters that do not matter to which file it is")
-    _flag(parser, "-i", "--identifier", default="", metavar="ID", help="makes the same URL another task")
-    _flag(parser, "--header", action="append", default=[], metavar="'NAME: VALUE'", help="header for the origin or the registry; may be repeated")
-    _flag(parser, "--user", default="", metavar="NAME:PASSWORD", help="account at the origin or the registry")
-    _flag(parser, "--plain-http", action="store_true", help="an image's registry speaks HTTP without TLS")
-    _flag(parser, "--insecure", action="store_true", help="take any certificate of the origin")
-    _flag(parser, "--no-wait", action="store_true", help="do not wait for the end")
-    _flag(parser, "--timeout", type=parse_duration, default=1800.0, metavar="TIME", help="longest wait for the end (30m)")
-    return parser
 
 
 def run_preheat(arguments: List[str]) -> int:

@@ -1,4 +1,4 @@
-"""Section 22: who is near whom, who is healthy, what is kept and for how long; by a clock that stands still."""
+"""Section 28: who is near whom, who is healthy, what is kept and for how long; by a clock that stands still."""
 import json
 import os
 import re

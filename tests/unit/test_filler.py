@@ -1,4 +1,4 @@
-"""Section 9: what a Filler asks an origin for, and when it waits."""
+"""Section 11: what a Filler asks an origin for, and when it waits."""
 import os
 import sys
 

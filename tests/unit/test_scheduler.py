@@ -1,4 +1,4 @@
-"""Section 9, where the simulator does not look: what becomes of single peers."""
+"""Section 13, where the simulator does not look: what becomes of single peers."""
 import os
 import random
 import sys

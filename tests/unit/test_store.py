@@ -1,4 +1,4 @@
-"""Section 8: what a journal says after any kind of death."""
+"""Section 9: what a journal says after any kind of death."""
 import os
 import signal
 import subprocess
