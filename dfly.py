@@ -5357,13 +5357,13 @@ class Cdn:
                 self._tasks[task_id] = CdnTask(self, task_id, url, events)
             return self._tasks[task_id]
 
-    def release(self, task_id: str) -> None:
-        """Forget a task that nobody uses any more, without waiting for its fetch; its bytes stay in the cache."""
+    def release(self, task_id: str, unused_s: float = 0.0) -> None:
+        """Forget a task that nobody has used for so many seconds, without waiting for its fetch; its bytes stay in the cache."""
         with self._lock:
             task = self._tasks.pop(task_id, None)
         if task:
             task.stop()
-            self._used(task)
+            self._used(task, unused_s)
             if task.caching and not task.caching.keep:
                 self.forget_file(task.path)
 
@@ -5390,11 +5390,12 @@ class Cdn:
             self._used(task)
 
     @staticmethod
-    def _used(task: CdnTask) -> None:
-        """Note on its file that a task was in use until now (many disks don't keep the time of a read), and let others have the
-        memory that its pages take.  Wire: 16 (24)"""
+    def _used(task: CdnTask, unused_s: float = 0.0) -> None:
+        """Note on its file until when a task was in use (many disks don't keep the time of a read; those forgotten in one sweep were
+        not used at one time), and let others have the memory that its pages take.  Wire: 16 (24)"""
+        last = time.time() - unused_s
         try:
-            os.utime(task.path)
+            os.utime(task.path, (last, last))
             fd = os.open(task.path, os.O_RDONLY)
         except OSError:  # it has none
             return
@@ -5868,7 +5869,7 @@ class Swarm(CdnEvents):
         self.scheduler.drop_task(task.task_id)
         if task.follower:
             task.follower.stop(0.0)
-        self.cdn.release(task.task_id)
+        self.cdn.release(task.task_id, max(0.0, self._clock() - task.used_at))
         self._log.info("task %s is no longer in use", task.task_id)
 
     def lives(self, task: SwarmTask) -> bool:
