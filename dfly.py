@@ -6547,10 +6547,14 @@ class Supernode:
                 answer["pause"] = task.next_pause()
         return Response.of_json(answer)
 
-    def _registered(self, task: SwarmTask, peer: Peer, request: Request) -> Response:
+    def _registered(self, task: SwarmTask, peer: Peer, request: Request) -> Any:
         label = request.headers.get(DFLY_HEADER, "").partition(" ")[2]
         with self._swarm.lock:
-            self._swarm.admit_locked(task, peer, label, seed_only=request.headers.get("x-dfly-pattern", "") == "cdn")
+            lives = self._swarm.tasks.get(task.task_id) is task
+            if lives:
+                self._swarm.admit_locked(task, peer, label, seed_only=request.headers.get("x-dfly-pattern", "") == "cdn")
+        if not lives:  # forgotten since it was looked at, as when the origin turned out to have another file: there is another one by now
+            return self.register(request)
         store = task.cdn.store
         length = store.layout.length if store else None
         size = store.layout.size if store else task.cdn.promise()
