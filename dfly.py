@@ -3999,6 +3999,7 @@ class _Task:
         self.offered = collections.Counter()  # type: Dict[int, int]  # piece -> counted peers that would serve it
         self.duration = 0.0  # seconds a fetch takes, averaged
         self.receivers = 0
+        self.feeders = 0  # those of them whose pieces count as held: what they get, others get from them
         self.direct = set()  # type: Set[_Peer]  # receivers that only the seed may serve
 
     def place(self, location: Tuple[str, ...]) -> _Place:
@@ -4157,6 +4158,7 @@ class Scheduler:
         if not peer.receiving:
             peer.receiving = True
             peer.task.receivers += 1
+            peer.task.feeders += peer.counted
             if peer.seed_only:
                 peer.task.direct.add(peer)
 
@@ -4164,6 +4166,7 @@ class Scheduler:
         if peer.receiving:
             peer.receiving = False
             peer.task.receivers -= 1
+            peer.task.feeders -= peer.counted
             peer.task.direct.discard(peer)
         peer.slots = peer.queue = 0
         peer.mail = []
@@ -4296,6 +4299,7 @@ class Scheduler:
             peer.task.change(peer, num, change)
         for num in nums_of(peer.offers):
             peer.task.offered[num] += change
+        peer.task.feeders += change if peer.receiving else 0
         peer.counted = counted
 
     def _blame(self, peer: _Peer, holder: Optional[_Peer], cid: str, why: str, now: float) -> None:
@@ -4444,6 +4448,8 @@ class Scheduler:
             return 0
         if holder is None and task.count is not None and not task.all & ~task.swarm.present and task.seed_sent < self.SEED_COPIES * task.count:
             return nums  # all is out: now the seed is a holder like any other
+        if holder is None and not peer.counted and not peer.seed_only and 2 * task.feeders > task.receivers:
+            return 0  # a first copy is for who passes it on, as most do
         for place in peer.places[common:]:
             if place.entering >= self.CROSSINGS and place is not task.swarm:
                 return 0

@@ -92,3 +92,37 @@ def test_a_lone_receiver_leaves_a_holder_that_keeps_failing_for_the_seed():
     swarm.scheduler.tick(swarm.now)
     swarm.scheduler.request("t", "r0", 4, swarm.now, queue=4)
     assert [work.holder for work in swarm.scheduler.take("t", "r0")] == [dfly.SEED] * 4
+
+
+def first_copies(feeders, others):
+    """Return how many pieces the seed sends to each of some receivers that pass on what they get, and of some that don't."""
+    scheduler = dfly.Scheduler(rng=random.Random(1), seed_slots=100)
+    scheduler.add_task("t", 100)
+    for i in range(feeders + others):
+        scheduler.add_peer("t", "p%d" % i, ("p%d" % i, 1), (), 0.0, serves=i < feeders)
+    for num in range(100):
+        scheduler.seeded("t", num, 0.0)
+    for i in reversed(range(feeders + others)):
+        scheduler.request("t", "p%d" % i, 4, 0.0)
+    return [len(scheduler.take("t", "p%d" % i)) for i in range(feeders + others)]
+
+
+def test_first_copies_go_to_those_who_pass_them_on_where_most_do():
+    assert first_copies(3, 2) == [4, 4, 4, 0, 0]
+    assert first_copies(2, 2) == [4, 4, 4, 4], "else the seed's own link would wait for few"
+
+
+def test_who_is_isolated_gets_no_more_first_copies():
+    scheduler = dfly.Scheduler(rng=random.Random(1), seed_slots=100)
+    scheduler.add_task("t", 100)
+    for cid in ("a", "b", "c", "bad"):
+        scheduler.add_peer("t", cid, (cid, 1), (), 0.0)
+    for cid in ("a", "b"):
+        scheduler.failed("t", cid, 0, "bad", dfly.WRONG_BYTES, 0.0)
+    for num in range(100):
+        scheduler.seeded("t", num, 0.0)
+    scheduler.request("t", "bad", 4, 0.0)
+    assert scheduler.isolated("t", 0.0) == {"bad"} and scheduler.take("t", "bad") == []
+    scheduler.tick(1000.0)
+    scheduler.request("t", "bad", 4, 1000.0)
+    assert len(scheduler.take("t", "bad")) == 4, "forgiven"
