@@ -7895,6 +7895,22 @@ class Registration(NamedTuple):
     line: str = ""  # what stands for task and client in each sync
     caching: Any = None  # what a supernode tells another one about that
 
+    @property
+    def whole(self) -> Optional[bytes]:
+        """The file itself, where it is small enough to come inside the answer."""
+        return b"" if self.length == 0 else self.content
+
+    def fill(self, store: TaskFile) -> int:
+        """Have the file that came inside the answer written; return its bytes.  Raises Migrate, NoSpace, CannotWrite."""
+        whole = self.whole or b""
+        if store.layout.count != 1 or len(whole) != store.layout.length:
+            raise Migrate("the file in the register answer has %d bytes" % len(whole))
+        digest = PieceDigest()
+        digest.update(whole)
+        store.write(0, whole)
+        store.seal_piece(0, digest.seal())
+        return len(whole)
+
     @classmethod
     def ask(cls, node: Node, headers: List[Tuple[str, str]], body: Dict[str, Any]) -> "Registration":
         """Register.  Raises NetworkError, Migrate, NeedAuth, SourceError.  Wire: 1"""
@@ -8565,9 +8581,9 @@ class Download:
         self._open_store(registration.length, registration.piece_size + (WRAP if registration.plain else 0), registration.version)
         assert self.store
         self._set_deadline(registration.length)
-        content = b"" if registration.length == 0 else registration.content
-        if content is not None and not self.store.complete:
-            self._small(content)
+        if registration.whole is not None and not self.store.complete:
+            self.bytes["supernode"] += registration.fill(self.store)
+            self._publish()
             return
         if self.port:
             self._uploader.call("POST", "/adopt", {
@@ -8585,18 +8601,6 @@ class Download:
             fetchers.stop()
             self.bytes.update(fetchers.bytes)
             self.holders.update(fetchers.holders)
-
-    def _small(self, content: bytes) -> None:
-        """Take a file that came inside the register answer."""
-        assert self.store
-        if self.store.layout.count != 1 or len(content) != self.store.layout.length:
-            raise Migrate("the file in the register answer has %d bytes" % len(content))
-        digest = PieceDigest()
-        digest.update(content)
-        self.store.write(0, content)
-        self.store.seal_piece(0, digest.seal())
-        self.bytes["supernode"] += len(content)
-        self._publish()
 
     def _loop(self, line: Any, fetchers: Fetchers) -> None:
         """Run the conversation until every piece is here."""
@@ -8968,9 +8972,8 @@ class SiblingSource(Sibling):
 
     def fill(self, store: TaskFile, on_piece: Callable[[int, int], None], on_length: Callable[[], None], stopped: Callable[[], bool]) -> None:
         """Take part in its swarm until every piece is here.  Raises NetworkError, Migrate, Stalled, NoSpace, CannotWrite."""
-        content = b"" if self.length == 0 else self._registration.content
-        if content is not None:
-            self._small(store, content, on_piece)
+        if self._registration.whole is not None:
+            on_piece(0, self._registration.fill(store))
             return
         fetchers = Fetchers(store, self._bucket, [], FETCHERS, self._log, self._compress)
         line = SyncLine(self._registration, self._cid, fetchers, store)
@@ -9001,17 +9004,6 @@ class SiblingSource(Sibling):
                 raise outcome.error
             if not outcome.error and outcome.length:
                 on_piece(outcome.order.num, outcome.length)
-
-    @staticmethod
-    def _small(store: TaskFile, content: bytes, on_piece: Callable[[int, int], None]) -> None:
-        """Take a file that came inside the register answer."""
-        if store.layout.count != 1 or len(content) != store.layout.length:
-            raise Migrate("the file in the register answer has %d bytes" % len(content))
-        digest = PieceDigest()
-        digest.update(content)
-        store.write(0, content)
-        store.seal_piece(0, digest.seal())
-        on_piece(0, len(content))
 
 
 class Silence:

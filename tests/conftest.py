@@ -1,5 +1,6 @@
 """Fixtures: an origin, supernodes and hosts as real processes.  See world.py and station.py for what they can do."""
 import os
+import subprocess
 import sys
 
 import pytest
@@ -60,3 +61,24 @@ def host(world):
 def blob():
     """`blob(size, seed)`: the same random-looking bytes every time."""
     return worlds.blob
+
+
+@pytest.fixture
+def small_disk(world):
+    """`small_disk(host, size)` puts a tmpfs of `size` bytes under the host's folder `disk`."""
+    mounted = []
+
+    def mount(host, size):
+        if os.geteuid():
+            pytest.skip("only root can mount a small disk")
+        path = host.path("disk")
+        os.mkdir(path)
+        if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=%d" % size, "tmpfs", path], stderr=subprocess.DEVNULL):
+            pytest.skip("this machine lets nobody mount")
+        mounted.append(path)
+        return path
+    yield mount
+    for command in world.commands:
+        command.kill()
+    for path in mounted:
+        subprocess.check_call(["umount", "-l", path])

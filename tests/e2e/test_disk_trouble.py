@@ -128,21 +128,14 @@ def test_a_file_that_has_become_shorter_is_fetched_anew_where_it_was_cut(origin,
     host().get(url, "--notbs", "-p", "cdn", check=blob(SIZE))
 
 
-def test_a_disk_that_fills_up_in_the_middle_of_a_fetch_ends_that_and_no_other(world, origin, supernode, host, blob):
-    folder = os.path.join(world.root, "small")
-    os.mkdir(folder)
-    if os.geteuid() or subprocess.call(["mount", "-t", "tmpfs", "-o", "size=%d" % (6 * MB), "tmpfs", folder]):
-        pytest.skip("only root can mount a small disk")
-    try:
-        node = supernode("--fail-access-interval", "1s", "--task-expire-time", "1s", home=os.path.join(folder, "home"))
-        result = host().get(origin.put("big", blob(SIZE), length=False), "-p", "cdn", check=blob(SIZE))
-        assert result.reason in (1, 3) and result.seconds < 20, result.out
-        assert node.metrics()['dfly_disk_errors_total{why="full"}'] == 1
-        small = origin.put("small", blob(MB))
-        wait_for(lambda: host().get(small, "--notbs", "-p", "cdn").data == blob(MB), 30, "room for another file")
-    finally:
-        node.kill()
-        subprocess.check_call(["umount", "-l", folder])
+def test_a_disk_that_fills_up_in_the_middle_of_a_fetch_ends_that_and_no_other(origin, supernode, host, blob, small_disk):
+    folder = small_disk(host(), 6 * MB)
+    node = supernode("--fail-access-interval", "1s", "--task-expire-time", "1s", home=os.path.join(folder, "home"))
+    result = host().get(origin.put("big", blob(SIZE), length=False), "-p", "cdn", check=blob(SIZE))
+    assert result.reason in (1, 3) and result.seconds < 20, result.out
+    assert node.metrics()['dfly_disk_errors_total{why="full"}'] == 1
+    small = origin.put("small", blob(MB))
+    wait_for(lambda: host().get(small, "--notbs", "-p", "cdn").data == blob(MB), 30, "room for another file")
 
 
 def test_a_disk_that_fails_in_the_middle_of_a_fetch_sends_hosts_to_the_origin(disk, home, origin, supernode, host, blob):
@@ -156,22 +149,15 @@ def test_a_disk_that_fails_in_the_middle_of_a_fetch_sends_hosts_to_the_origin(di
     assert node.running() and node.metrics()["dfly_disk_errors_total"] >= 1
 
 
-def test_a_disk_that_gets_full_loses_what_is_not_in_use_and_no_more_than_it_must(world, origin, supernode, host, blob):
-    folder = os.path.join(world.root, "small")
-    os.mkdir(folder)
-    if os.geteuid() or subprocess.call(["mount", "-t", "tmpfs", "-o", "size=%d" % (48 * MB), "tmpfs", folder]):
-        pytest.skip("only root can mount a small disk")
-    try:
-        node = supernode("--full-gc-threshold", "30M", "--task-expire-time", "1s", home=os.path.join(folder, "home"))
-        for number in range(5):  # 40 of 48 MB
-            host().get(origin.put("f%d" % number, blob(SIZE, number)), "--notbs", "-p", "cdn", check=blob(SIZE, number))
-        wait_for(lambda: node.metrics().get('dfly_gc_files_total{why="full"}') == 3, 40, "room on the disk")
-        wait_for(lambda: node.metrics()["dfly_disk_free_bytes"] >= 30 * MB, 20)
-        host().get(origin.put("f4", blob(SIZE, 4)), "--notbs", "-p", "cdn", check=blob(SIZE, 4))
-        assert origin.gets("f4") == 1 and node.metrics()['dfly_gc_files_total{why="full"}'] == 3, "the last used stay"
-    finally:
-        node.kill()
-        subprocess.check_call(["umount", "-l", folder])
+def test_a_disk_that_gets_full_loses_what_is_not_in_use_and_no_more_than_it_must(origin, supernode, host, blob, small_disk):
+    folder = small_disk(host(), 48 * MB)
+    node = supernode("--full-gc-threshold", "30M", "--task-expire-time", "1s", home=os.path.join(folder, "home"))
+    for number in range(5):  # 40 of 48 MB
+        host().get(origin.put("f%d" % number, blob(SIZE, number)), "--notbs", "-p", "cdn", check=blob(SIZE, number))
+    wait_for(lambda: node.metrics().get('dfly_gc_files_total{why="full"}') == 3, 40, "room on the disk")
+    wait_for(lambda: node.metrics()["dfly_disk_free_bytes"] >= 30 * MB, 20)
+    host().get(origin.put("f4", blob(SIZE, 4)), "--notbs", "-p", "cdn", check=blob(SIZE, 4))
+    assert origin.gets("f4") == 1 and node.metrics()['dfly_gc_files_total{why="full"}'] == 3, "the last used stay"
 
 
 def test_what_nobody_uses_leaves_the_page_cache(world, origin, supernode, host, blob):

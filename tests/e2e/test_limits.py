@@ -1,7 +1,6 @@
 """Rates that hold within 5 %, disks that are full, and time that runs out."""
 import contextlib
 import os
-import subprocess
 
 import pytest
 from world import MB, bad, good, wait_for
@@ -49,27 +48,6 @@ def test_without_a_limit_nothing_is_slowed(origin, supernode, host, blob):
     data = blob(64 * MB)
     result = host().get(origin.put("f", data), check=data)
     assert result.cost < 3.0, result.last  # the original's silent 20 MB/s would need 3.2 s
-
-
-@pytest.fixture
-def small_disk(world):
-    """`small_disk(host, size)` puts a tmpfs of `size` bytes under the host's folder `disk`."""
-    mounted = []
-
-    def mount(host, size):
-        if os.geteuid():
-            pytest.skip("only root can mount a small disk")
-        path = host.path("disk")
-        os.mkdir(path)
-        if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=%d" % size, "tmpfs", path], stderr=subprocess.DEVNULL):
-            pytest.skip("this machine lets nobody mount")
-        mounted.append(path)
-        return path
-    yield mount
-    for command in world.commands:
-        command.kill()
-    for path in mounted:
-        subprocess.check_call(["umount", "-l", path])
 
 
 @pytest.mark.parametrize("pattern", ["p2p", "source"])

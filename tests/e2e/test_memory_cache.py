@@ -70,21 +70,13 @@ def test_what_does_not_fit_or_has_no_length_goes_to_the_disk(origin, supernode, 
     assert sorted(files(node.home).values()) == [SIZE, SIZE, 8 * MB]
 
 
-def test_a_memory_that_others_have_filled_is_not_fetched_into(world, origin, supernode, host, blob):
-    import subprocess
-    folder = os.path.join(world.root, "small")
-    os.mkdir(folder)
-    if os.geteuid() or subprocess.call(["mount", "-t", "tmpfs", "-o", "size=%d" % (6 * MB), "tmpfs", folder]):
-        pytest.skip("only root can mount a small memory")
-    try:
-        with open(os.path.join(folder, "others"), "wb") as file:
-            file.write(bytes(3 * MB))
-        node = supernode("--memory-cache", "1G", "--memory-folder", folder)
-        host().get(origin.put("f", blob(SIZE)), "--notbs", check=blob(SIZE))
-        assert not files(folder) and list(files(node.home).values()) == [SIZE]
-    finally:
-        node.kill()
-        subprocess.check_call(["umount", "-l", folder])
+def test_a_memory_that_others_have_filled_is_not_fetched_into(origin, supernode, host, blob, small_disk):
+    folder = small_disk(host(), 6 * MB)
+    with open(os.path.join(folder, "others"), "wb") as file:
+        file.write(bytes(3 * MB))
+    node = supernode("--memory-cache", "1G", "--memory-folder", folder)
+    host().get(origin.put("f", blob(SIZE)), "--notbs", check=blob(SIZE))
+    assert not files(folder) and list(files(node.home).values()) == [SIZE]
 
 
 def test_a_file_that_changes_is_in_one_place_only(origin, supernode, host, blob, memory):
