@@ -4,6 +4,8 @@
 MD5 and SHA-256 of many messages at once, each in one lane of the processor's vectors.  How wide these are is found out when the
 module is imported, so one built file serves a mixed fleet; DFLY_LANES=plain|sse2|avx2|avx512 chooses another width that is there.
 A processor with instructions of its own for SHA-256 takes two messages at once by those instead: one alone leaves them idle half the time.
+
+And bytes from a socket into a file, by the kernel's own means, without the GIL however often it has to wait.
 """
 import hashlib
 import os
@@ -16,9 +18,11 @@ from posix.types cimport off_t
 cdef extern from *:
     """
     #include <errno.h>
+    #include <fcntl.h>
     #include <stdint.h>
     #include <stdlib.h>
     #include <string.h>
+    #include <sys/socket.h>
     #include <unistd.h>
 
     /* ---- vectors ----------------------------------------------------------------
@@ -383,7 +387,56 @@ cdef extern from *:
             }
         }
     }
+
+    /* ---- from a socket into a file ------------------------------------------------------ */
+
+    #ifdef SPLICE_F_NONBLOCK
+    #define FULL (128 << 10)  /* bytes that are in the pipe before they move on */
+    typedef struct { size_t got, put; int fault, file_fault; } moved;
+
+    static int drain(moved *m, int from, int fd, off_t offset) {
+        while (m->put < m->got) {
+            loff_t at = offset + (off_t)m->put;
+            ssize_t n = splice(from, NULL, fd, &at, m->got - m->put, SPLICE_F_MOVE);
+            if (n > 0) m->put += (size_t)n;
+            else if (!n || errno != EINTR) { m->file_fault = n ? errno : EIO; return 0; }
+        }
+        return 1;
+    }
+
+    static moved splice_all(int sock, int from, int into, int fd, off_t offset, size_t count, size_t heap, size_t behind) {
+        moved m = {0, 0, 0, 0};
+        int lowat = 0;
+        while (m.got < count) {
+            ssize_t n;
+            size_t wish = count - m.got + behind;
+            if (wish > heap) wish = heap;
+            if (heap && lowat != (int)wish) {
+                lowat = (int)wish;
+                if (setsockopt(sock, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof lowat)) m.fault = errno;
+            }
+            n = m.fault ? 0 : splice(sock, NULL, into, NULL, count - m.got, SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
+            if (n > 0) m.got += (size_t)n;
+            if (n > 0 && m.got < count && m.got - m.put < FULL) continue;
+            if (n < 0 && errno == EINTR) continue;
+            if (n < 0 && !(errno == EAGAIN && m.put < m.got)) m.fault = errno;  /* else the pipe is full */
+            if (!drain(&m, from, fd, offset) || !n || m.fault) return m;
+        }
+        return m;
+    }
+    #else
+    typedef struct { size_t got, put; int fault, file_fault; } moved;
+    static moved splice_all(int sock, int from, int into, int fd, off_t offset, size_t count, size_t heap, size_t behind) {
+        moved m = {0, 0, ENOSYS, 0};
+        (void)sock; (void)from; (void)into; (void)fd; (void)offset; (void)count; (void)heap; (void)behind;
+        return m;
+    }
+    #endif
     """
+    ctypedef struct moved:
+        size_t got, put
+        int fault, file_fault
+    moved c_splice_all "splice_all" (int sock, int source, int into, int fd, off_t offset, size_t count, size_t heap, size_t behind) nogil
     ctypedef void (*kernel)(unsigned *state, const uint8_t *const *p, size_t blocks) nogil
     ctypedef struct width:
         const char *name
@@ -478,6 +531,19 @@ def digest_many(str kind, list messages, str lanes=""):
         free(views)
         free(laid)
         free(chunks)
+
+
+def splice_all(sock, tuple pipe, int fd, off_t offset, size_t count, size_t heap, size_t behind):
+    """Move `count` bytes, as far as they come, from a blocking socket by a pipe into a file, from `offset` on.
+
+    With a `heap` we are woken only for so many bytes; at least `behind` more will follow.  Returns how many left the socket and how
+    many are in the file (the rest is in the pipe), and the errno that ended it at the socket and at the file, 0 for none.
+    """
+    cdef int source = sock.fileno(), reader = pipe[0], writer = pipe[1]
+    cdef moved found
+    with nogil:
+        found = c_splice_all(source, reader, writer, fd, offset, count, heap, behind)
+    return found.got, found.put, found.fault, found.file_fault
 
 
 def nums_of(mask):

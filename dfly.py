@@ -51,9 +51,10 @@ One piece's way: the supernode reads it from the origin once (11), writes it at 
 announces it (16).  The scheduler gives it to a peer that lacks it, from the nearest holder with a free upload slot (13);
 the order travels in the answer of a parked /peer/sync (18).  A fetcher thread of `get` (20) asks the holder for it on a
 kept-alive connection (8); the holder's event loop sends head, file bytes by sendfile and tail (7, 19).  The
-fetcher reads it into one reused buffer, writes it once at its final offset, takes it back from the file while it is in
-cache and digests that, journals it (9) and reports it in the one request that also asks for more work (21).  From then on
-it is served on from the same file, which becomes the output by a rename when every piece has been found true (22).
+fetcher moves it from the socket into its place in the file, through a pipe of the kernel's where it can, else through one
+reused buffer, and digests what the file then has, together with other pieces that have just come (4); it journals it (9) and
+reports it in the one request that also asks for more work (21).  From then on it is served on from the same file, which becomes
+the output by a rename when every piece has been found true (22).
 
 Sections use only what stands above them.  "Wire: N.N" names the section of the Dragonfly protocol description
 that a piece of code implements.
@@ -64,6 +65,7 @@ import fcntl
 import functools
 import hashlib
 import heapq
+import io
 import json
 import os
 import queue
@@ -828,11 +830,39 @@ def nums_of(mask: int) -> List[int]:
     return [num for num, bit in enumerate(reversed(bin(mask))) if bit == "1"] if mask > 0 else []
 
 
+def splice_all(sock: socket.socket, pipe: Tuple[int, int], fd: int, offset: int, count: int, heap: int, behind: int) -> Tuple[int, int, int, int]:
+    """Move `count` bytes, as far as they come, from a blocking socket by a pipe into a file, from `offset` on.
+
+    With a `heap` we are woken only for so many bytes; at least `behind` more will follow.  Returns how many left the socket and how
+    many are in the file (the rest is in the pipe), and the errno that ended it at the socket and at the file, 0 for none.
+    """
+    got = put = lowat = 0
+    while got < count:
+        try:
+            if heap and lowat != min(heap, count - got + behind):
+                lowat = min(heap, count - got + behind)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, lowat)
+            moved = os.splice(sock.fileno(), pipe[1], count - got, flags=os.SPLICE_F_NONBLOCK)  # type: ignore[attr-defined]  # as to the pipe
+            fault = 0 if moved else -1
+        except OSError as error:
+            moved, fault = 0, 0 if error.errno == errno.EAGAIN and put < got else error.errno or errno.EIO  # a pipe may be full
+        got += moved
+        try:
+            while put < got and (fault or not moved or got == count or got - put >= SPLICE_BYTES):
+                put += os.splice(pipe[0], fd, got - put, offset_dst=offset + put)  # type: ignore[attr-defined]
+        except OSError as error:
+            return got, put, 0, error.errno or errno.EIO
+        if fault:
+            return got, put, max(0, fault), 0
+    return got, put, 0, 0
+
+
+SPLICE_BYTES = 1 << 17  # that are in a pipe before they move on into the file
 LANES = ""  # how wide the vectors of the accelerator are; "" without it
 WORTH = {}  # type: Dict[str, int]  # from how many messages on it is faster than hashlib, by kind of digest
 try:
     if not os.environ.get("DFLY_NO_FASTPIECE"):
-        from _fastpiece import LANES, WORTH, digest_many as digest_lanes, nums_of  # type: ignore[no-redef] # noqa: F401, F811
+        from _fastpiece import LANES, WORTH, digest_many as digest_lanes, nums_of, splice_all  # type: ignore[no-redef] # noqa: F401, F811
 except ModuleNotFoundError:  # not built
     pass
 except Exception as error:  # noqa: BLE001 a build of another Python, or of another version of us: whatever is wrong with it, we can do without
@@ -875,6 +905,84 @@ def read_fd(fd: int, offset: int, length: int) -> Iterator[Any]:
         yield buffer[:count]
 
 
+def put_bytes(fd: int, offset: int, data: Any) -> None:
+    """Write all of `data` (any buffer) into a file.  Raises OSError."""
+    view = memoryview(data)
+    while len(view):  # a disk that fills up takes a part first
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
+class Funnel:
+    """Brings bytes from sockets into files, for one thread: by a pipe, where it can do that, so that they never come into this process
+    (Linux; the accelerator, or Python 3.10), else through its buffer."""
+
+    PIPE_BYTES = 1 << 20
+
+    def __init__(self, size: int) -> None:
+        self.buffer = memoryview(bytearray(size))  # for bytes that have to be looked at, too
+        self._pipe = None  # type: Optional[Tuple[int, int]]
+        if LANES or hasattr(os, "splice"):
+            self._lay_pipe()
+
+    def _lay_pipe(self) -> None:
+        self._pipe = os.pipe()
+        try:
+            fcntl.fcntl(self._pipe[1], 1031, self.PIPE_BYTES)  # F_SETPIPE_SZ; else a network's small segments fill it soon
+        except OSError:  # this user has too many
+            pass
+
+    @property
+    def splices(self) -> bool:
+        """Whether it has a pipe."""
+        return self._pipe is not None
+
+    def splice(self, sock: socket.socket, fd: int, offset: int, count: int, heap: int = 0, behind: int = 0) -> Tuple[int, int, Optional[OSError]]:
+        """Bring `count` bytes, as far as they come, from a blocking socket into a file; `heap` and `behind` as in splice_all.
+
+        Returns how many, the errno at the socket (0 for none, also at its end), and what is wrong with the file.  Who finds that it no
+        longer `splices` takes the buffer.
+        """
+        assert self._pipe
+        got, put, fault, file_fault = splice_all(sock, self._pipe, fd, offset, count, heap, behind)
+        if fault in (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP) and not got:  # a sandbox, say
+            self.close()
+        if not file_fault:
+            return put, fault, None
+        wrong = OSError(file_fault, os.strerror(file_fault))  # type: Optional[OSError]
+        if file_fault == errno.EINVAL:  # a file system that takes nothing from pipes
+            wrong = self._rescue(fd, offset + put, got - put)
+        self.close()
+        if wrong:
+            self._lay_pipe()  # there are bytes in the old one
+        return put if wrong else got, fault, wrong
+
+    def _rescue(self, fd: int, offset: int, left: int) -> Optional[OSError]:
+        assert self._pipe
+        try:
+            while left:
+                data = os.read(self._pipe[0], left)
+                put_bytes(fd, offset, data)
+                offset, left = offset + len(data), left - len(data)
+        except OSError as error:
+            return error
+        return None
+
+    def put(self, fd: int, offset: int, count: int) -> Tuple[int, Optional[OSError]]:
+        """Write the first bytes of the buffer into a file; return how many it has, and what is wrong with it."""
+        try:
+            put_bytes(fd, offset, self.buffer[:count])
+        except OSError as error:
+            return 0, error
+        return count, None
+
+    def close(self) -> None:
+        """Give the pipe back."""
+        for fd in self._pipe or ():
+            os.close(fd)
+        self._pipe = None
+
+
 def digest_many(kind: str, messages: List[Tuple[bytes, Any, bytes]]) -> List[bytes]:
     """Return the digests, `kind` md5 or sha256, of messages, each (head, data, tail): head and tail are at most 60 bytes together, data
     is a buffer or (fd, offset, length) of a file; b"" for one whose file ends too early.  Raises OSError."""
@@ -890,6 +998,48 @@ def digest_many(kind: str, messages: List[Tuple[bytes, Any, bytes]]) -> List[byt
         digest.update(tail)
         found.append(digest.digest() if not isinstance(data, tuple) or count == data[2] else b"")
     return found
+
+
+class Batcher:
+    """Digests for many threads: whoever comes first takes what the others bring meanwhile along, so that it goes through the lanes
+    side by side, and nobody waits for a batch to fill.  _turn guards each batch, and who leaves _waiting."""
+
+    MOST = 16  # messages at once
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._waiting = collections.deque()  # type: collections.deque  # of [message, digest or error]
+
+    def sha256(self, message: Tuple[bytes, Any, bytes]) -> bytes:
+        """Return the SHA-256 of a message as digest_many takes it.  Raises OSError."""
+        if WORTH.get("sha256") != 2:  # one by one they are as fast, and on all processors
+            return digest_many("sha256", [message])[0]
+        mine = [message, None]  # type: List[Any]
+        self._waiting.append(mine)
+        while mine[1] is None:
+            with self._turn:
+                if mine[1] is None:
+                    self._take([self._waiting.popleft() for _ in range(min(len(self._waiting), self.MOST))])
+        if isinstance(mine[1], OSError):
+            raise mine[1]
+        return mine[1]
+
+    @staticmethod
+    def _take(batch: List[List[Any]]) -> None:
+        try:
+            found = digest_many("sha256", [one[0] for one in batch])  # type: List[Any]
+        except OSError as error:
+            if len(batch) == 1:
+                batch[0][1] = error
+                return
+            for one in batch:  # which of them it was is not said
+                Batcher._take([one])
+            return
+        for one, digest in zip(batch, found):
+            one[1] = digest
+
+
+BATCHES = Batcher()
 
 
 def mask_of(nums: Any) -> int:
@@ -1017,34 +1167,6 @@ class Seal(NamedTuple):
         return "sha256:" + binascii.a2b_base64(text + "=").hex()
 
 
-class PieceDigest:
-    """Digests one piece while its bytes pass: SHA-256 plain, MD5 wrapped for the old wire."""
-
-    def __init__(self, head: bytes = b"") -> None:
-        self._sha256 = hashlib.sha256()
-        self._length = 0
-        self._md5 = new_md5() if head else None  # only where somebody will ask for it
-        if self._md5:
-            self._md5.update(head)
-
-    def update(self, plain: Any) -> None:
-        """Take the next plain bytes (any buffer)."""
-        self._sha256.update(plain)
-        self._length += len(plain)
-        if self._md5:
-            self._md5.update(plain)
-
-    def seal(self) -> Seal:
-        """Return the digests of all plain bytes so far."""
-        return Seal(self._sha256.hexdigest(), self._length)
-
-    def wrapped_md5(self) -> str:
-        """Return `<md5>:<len>` of the wrapped piece; for once, after the last byte.  Wire: 3.2"""
-        assert self._md5
-        self._md5.update(TAIL)
-        return "%s:%d" % (self._md5.hexdigest(), self._length + WRAP)
-
-
 def filter_url(url: str, names: str) -> str:
     """Return `url` without the query parameters named in `a&b`.  Wire: 2.2 (as dfget 1.0 does it)"""
     base, mark, query = url.partition("?")
@@ -1112,7 +1234,7 @@ class TokenBucket:
 
     def chunk(self, most: int) -> int:
         """Return how many bytes to move at once: about a fortieth of a second's worth, at most `most`."""
-        return most if not self._rate else max(1024, min(most, self._rate // 40))
+        return most if not self._rate else min(most, max(1024, self._rate // 40))
 
     def delay(self) -> float:
         """Return the seconds until more may be moved (0 is now)."""
@@ -2132,6 +2254,14 @@ def _connect_file(path: str, timeout_s: float) -> socket.socket:
     return sock
 
 
+def limit_silence(sock: socket.socket, timeout_s: float) -> None:
+    """Limit the silence in one read or write, in seconds.  By socket options, so that the socket stays a blocking one."""
+    sock.settimeout(None)
+    limit = struct.pack("@ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+
 class Reply:
     """The head of an answer, and its body as far as it has been read."""
 
@@ -2216,6 +2346,19 @@ class Reply:
         """
         return self._read_inflated(view) if self.stream else self._read_raw(view)
 
+    def pour(self, funnel: Funnel, fd: int, offset: int, count: int) -> Tuple[int, Optional[OSError]]:
+        """Bring at most `count` bytes into a file at `offset`, as `read_into` would into memory; what is wrong with the file is returned."""
+        if self.stream:
+            return funnel.put(fd, offset, self.read_into(funnel.buffer[:count]))
+        count = count if self.left is None else min(count, self.left)
+        if not count:
+            return 0, None
+        done, wrong = self._link.pour(funnel, fd, offset, count, 0 if self.left is None else self.left - count)
+        if self.left is not None:
+            self.left -= done
+        self.taken += done
+        return done, wrong
+
     def _read_raw(self, view: Any) -> int:
         if self.left is not None:
             view = view[:self.left]
@@ -2253,14 +2396,11 @@ class HttpLink:
         return self._name
 
     def set_timeout(self, timeout_s: float) -> None:
-        """Limit the silence in one read or write, in seconds.  By socket options, so that the socket stays a blocking one."""
+        """Limit the silence in one read or write, in seconds."""
         if timeout_s == self._timeout_s:
             return
         self._timeout_s = timeout_s
-        self.sock.settimeout(None)
-        limit = struct.pack("@ll", int(timeout_s), int(timeout_s % 1 * 1e6))
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        limit_silence(self.sock, timeout_s)
 
     def keep_short(self, pace: float) -> float:
         """Let no more be under way to us than 30 ms of `pace` bytes/s (and three round trips, where those are long); return
@@ -2327,6 +2467,18 @@ class HttpLink:
             raise TimedOut("%s is silent" % self)
         except OSError as error:
             raise NetworkError("%s: %s" % (self, error.strerror))
+
+    def pour(self, funnel: Funnel, fd: int, offset: int, count: int, behind: int = 0) -> Tuple[int, Optional[OSError]]:
+        """As `receive`, but into a file; what is wrong with that is returned."""
+        if self._ahead or not funnel.splices:
+            return funnel.put(fd, offset, self.receive(funnel.buffer[:count], behind))
+        done, fault, wrong = funnel.splice(self.sock, fd, offset, count, self._heap_most, behind)
+        self._heap = 0 if self._heap_most else self._heap
+        if not (done or wrong or funnel.splices):
+            return self.pour(funnel, fd, offset, count, behind)
+        if fault and not done and not wrong:
+            raise TimedOut("%s is silent" % self) if fault == errno.EAGAIN else NetworkError("%s: %s" % (self, os.strerror(fault)))
+        return done, wrong
 
     def _wake_at(self, count: int) -> None:
         """Let a reader sleep until that many bytes have come: a wake-up for each segment costs a busy host more than all the rest."""
@@ -2764,21 +2916,41 @@ class TaskFile:
         """Write plain bytes at an offset; they count only once `seal_piece` has been called.
         Raises NoSpace, CannotWrite."""
         try:
-            done = os.pwrite(self._fd, plain, offset)
-            while done < len(plain):  # a disk that fills up takes a part first
-                done += os.pwrite(self._fd, plain[done:], offset + done)
+            put_bytes(self._fd, offset, plain)
         except OSError as error:
             raise os_error(error, self.data)
 
-    def write_back(self, offset: int, plain: Any) -> None:
-        """Write plain bytes at an offset, and take them back from the file into the same buffer: whoever digests that has
-        checked what came and what was written in one.  Raises NoSpace, CannotWrite."""
-        self.write(offset, plain)
+    def pour(self, source: Any, funnel: Funnel, offset: int, count: int) -> int:
+        """Write at most `count` bytes of an answer (Reply or OriginReply) at an offset, as they come; return how many, 0 at its end.
+
+        They count only once `seal_piece` has been called.  Raises NoSpace, CannotWrite, and what the answer raises.
+        """
+        done, wrong = source.pour(funnel, self._fd, offset, count)
+        if wrong:
+            raise os_error(wrong, self.data)
+        return int(done)
+
+    def digest(self, num: int, length: int) -> Seal:
+        """Return the seal of what the file now has in the place of piece `num`: who compares that has checked what came and what
+        was written in one.  Raises CannotRead."""
+        message = b"", (self._fd, num * self.layout.stride, length), b""
         try:
-            if read_into(self._fd, offset, plain) < len(plain):
-                raise CannotRead("%s is shorter than it was written" % self.data)
+            return Seal(self._whole(BATCHES.sha256(message)).hex(), length)
         except OSError as error:  # also when the file has been let go of meanwhile
             raise CannotRead("%s: %s" % (self.data, error.strerror))
+
+    def wrapped_digest(self, num: int, length: int) -> str:
+        """Return `<md5>:<len>` of the same, wrapped.  Raises NoMd5, CannotRead.  Wire: 3.2"""
+        message = piece_head(length, self.layout.size), (self._fd, num * self.layout.stride, length), TAIL
+        try:
+            return "%s:%d" % (self._whole(digest_many("md5", [message])[0]).hex(), length + WRAP)
+        except OSError as error:
+            raise CannotRead("%s: %s" % (self.data, error.strerror))
+
+    def _whole(self, digest: bytes) -> bytes:
+        if not digest:
+            raise CannotRead("%s: the file is shorter than it was" % self.data)
+        return digest
 
     def seal_piece(self, num: int, seal: Seal, reread: bool = False) -> None:
         """Declare that piece `num` has been written (or read back, if `reread`) and has this seal.  Raises NoSpace, CannotWrite."""
@@ -2862,9 +3034,7 @@ class TaskFile:
             except OSError as error:
                 raise CannotRead("%s: %s" % (self.data, error.strerror))
             for other, span, digest in zip(nums, spans, digests):
-                if not digest:
-                    raise CannotRead("%s: the file is shorter than it was" % self.data)
-                self._md5s[other] = "%s:%d" % (digest.hex(), span[2] + WRAP)
+                self._md5s[other] = "%s:%d" % (self._whole(digest).hex(), span[2] + WRAP)
         return self._md5s[num]
 
     def wrapped_body(self, start: int, end: int) -> List[Any]:
@@ -3397,8 +3567,11 @@ class Origin:
 class OriginReply:
     """An origin's answer: what file it is, where in our file its body begins, and the body."""
 
+    HEAP = 1 << 16  # bytes that wake who pours it into a file
+
     def __init__(self, origin: Origin, response: Any, start: int, ranged: bool) -> None:
         self._origin, self._response = origin, response
+        self._straight = False  # nothing of the body is elsewhere than in the socket
         self.headers = headers = response.headers
         self.status = response.code
         self.etag = headers.get("ETag", "")
@@ -3435,13 +3608,51 @@ class OriginReply:
 
     def read_into(self, view: Any) -> int:
         """Fill as much of `view` as comes; return the count, 0 at the end.  Raises SourceError."""
+        return self._read(self._response.readinto, view)
+
+    def _read(self, readinto: Callable[[Any], Optional[int]], view: Any) -> int:
         import http.client
         try:
-            return self._response.readinto(view)
+            count = readinto(view)
         except socket.timeout:
-            raise SourceError("%s: the origin has been silent for %g s" % (self._origin.url, self._origin.timeout_s))
+            count = None
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise SourceError("%s: %s" % (self._origin.url, getattr(error, "strerror", None) or error or type(error).__name__))
+        if count is None:  # this is how a blocking socket with a time limit says so
+            raise self._silent()
+        return count
+
+    def _silent(self) -> SourceError:
+        return SourceError("%s: the origin has been silent for %g s" % (self._origin.url, self._origin.timeout_s))
+
+    def pour(self, funnel: Funnel, fd: int, offset: int, count: int) -> Tuple[int, Optional[OSError]]:
+        """Bring at most `count` bytes into a file at `offset`; return how many, 0 at the end, and what is wrong with the file.
+
+        A body of known length and without TLS comes straight from the socket, once what Python has read ahead is used up.
+        Raises SourceError.
+        """
+        response = self._response
+        raw = getattr(getattr(response.fp, "raw", None), "_sock", None)
+        if not funnel.splices or self.body_length is None or type(raw) is not socket.socket:
+            return funnel.put(fd, offset, self.read_into(funnel.buffer[:count]))
+        count = min(count, response.length or 0)
+        if not count:
+            return 0, None
+        if not self._straight:
+            view = funnel.buffer[:count]
+            done = self._read(response.fp.readinto1, view)
+            self._straight = done < len(view) or len(view) > io.DEFAULT_BUFFER_SIZE
+            if self._straight:
+                limit_silence(raw, self._origin.timeout_s)
+            response.length -= done
+            return funnel.put(fd, offset, done)
+        done, fault, wrong = funnel.splice(raw, fd, offset, count, self.HEAP)
+        response.length -= done
+        if not (done or wrong or funnel.splices):
+            return self.pour(funnel, fd, offset, count)
+        if fault and not done and not wrong:
+            raise self._silent() if fault == errno.EAGAIN else SourceError("%s: %s" % (self._origin.url, os.strerror(fault)))
+        return done, wrong
 
     def close(self) -> None:
         """Hang up."""
@@ -3655,12 +3866,13 @@ class Patience:
 class Filler:
     """Fills a TaskFile from an origin: what is missing, in order, resuming where a connection breaks.
 
-    The same class feeds the supernode's cache and a client that goes back to source.  The caller's thread reads; two
-    of its own digest and write the pieces behind it, since SHA-256 takes three times as long as the reading.
+    The same class feeds the supernode's cache and a client that goes back to source.  The caller's thread reads and writes; a few
+    of its own digest behind it what the file has, since SHA-256 takes longer than that.
     """
 
     CHUNK = 1 << 18  # bytes read at once
-    HANDS = 2  # threads behind the reader; each has a piece in memory, and the reader one
+    HANDS = 4  # threads behind the reader, so that there are two pieces to digest at once
+    BEHIND = 16  # pieces that wait for them at most
 
     def __init__(self, origin: Origin, store: TaskFile, bucket: TokenBucket, on_piece: Callable[[int], None],
                  on_length: Callable[[], None] = lambda: None, stopped: Callable[[], bool] = lambda: False,
@@ -3670,8 +3882,8 @@ class Filler:
         self._on_piece, self._on_length, self._stopped = on_piece, on_length, stopped
         self._patience = Patience(stopped, say, sleep)
         self.read_bytes = 0  # from the origin, in all
-        self._work = queue.Queue()  # type: queue.Queue  # (num, buffer, length) to digest and write
-        self._buffers = queue.Queue()  # type: queue.Queue  # that are free
+        self._funnel = Funnel(self.CHUNK)
+        self._work = queue.Queue(self.BEHIND)  # type: queue.Queue  # (num, length) of what is written and not digested
         self._error = None  # type: Optional[Exception]  # of the hands
         self._threads = []  # type: List[threading.Thread]
 
@@ -3680,8 +3892,6 @@ class Filler:
 
         Raises SourceError and its kin, NoSpace, CannotWrite, Stalled when told to stop.
         """
-        for _ in range(self.HANDS + 1):
-            self._buffers.put(bytearray(self.store.layout.stride))
         self._threads = [threading.Thread(target=self._hand, name="dfly-fill-%d" % i, daemon=True) for i in range(self.HANDS)]
         for thread in self._threads:
             thread.start()
@@ -3692,6 +3902,7 @@ class Filler:
                 self._work.put(None)
             for thread in self._threads:
                 thread.join()
+            self._funnel.close()
 
     def _fill(self, first: Optional[OriginReply]) -> None:
         while not self.store.complete:
@@ -3775,51 +3986,43 @@ class Filler:
 
     def _skip(self, reply: OriginReply, position: int, stop: int) -> int:
         """Read and forget the body up to `stop`; return where that ended."""
-        buffer = memoryview(bytearray(min(self.CHUNK, max(0, stop - position))))
         while position < stop:
-            count = self._read(reply, buffer[:stop - position])
+            count = reply.read_into(self._funnel.buffer[:self._most(stop - position)])
+            self.read_bytes += count
             if not count:
                 raise SourceError("%s: the origin hung up after %d bytes" % (self.origin.url, max(position, 0)))
             position += count
         return position
 
-    def _read(self, reply: OriginReply, view: Any) -> int:
-        """Read at most a chunk, in the time that the limit gives; return the bytes read, 0 at the end."""
+    def _most(self, left: int) -> int:
+        """Return how many bytes of `left` may be read now, once the limit allows it.  Raises Stalled, and what a hand has met."""
         if self._stopped():
             raise Stalled("stopped")
         if self._error:
             raise self._error
-        view = view[:self._bucket.chunk(self.CHUNK)]
-        self._bucket.take(len(view))
-        count = reply.read_into(view)
-        self.read_bytes += count
+        count = self._bucket.chunk(min(self.CHUNK, left))
+        self._bucket.take(count)
         return count
 
     def _piece(self, reply: OriginReply, num: int, stop: int) -> Tuple[int, bool]:
-        """Read piece `num`, which ends at `stop`, and have it written; return the new position and whether the body has ended."""
+        """Write piece `num`, which ends at `stop`, and have it digested; return the new position and whether the body has ended."""
         layout = self.store.layout
-        buffer = self._buffers.get()
-        view, got, size = memoryview(buffer), 0, stop - num * layout.stride
-        try:
-            while got < size:
-                count = self._read(reply, view[got:size])
-                if not count:
-                    break
-                got += count
-        except BaseException:
-            self._buffers.put(buffer)
-            raise
-        position, short = num * layout.stride + got, got < size
+        start, got = num * layout.stride, 0
+        while start + got < stop:
+            count = self.store.pour(reply, self._funnel, start + got, self._most(stop - start - got))
+            self.read_bytes += count
+            if not count:
+                break
+            got += count
+        position, short = start + got, start + got < stop
         if short and (layout.length is not None or reply.body_length is not None):
-            self._buffers.put(buffer)
             raise SourceError("%s: the origin hung up after %d bytes" % (self.origin.url, position))
         if short:
             self._set_length(position)
             if not got and num:  # the body ended just with the piece before
-                self._buffers.put(buffer)
                 return position, True
-        self._work.put((num, buffer, got))
-        return position, short or not size
+        self._work.put((num, got))
+        return position, short or stop == start
 
     def _settle(self) -> None:
         """Wait until everything read has been written.  Raises what a hand has met."""
@@ -3828,24 +4031,16 @@ class Filler:
             raise self._error
 
     def _hand(self) -> None:
-        """The life of a thread that digests and writes."""
-        for num, buffer, length in iter(self._work.get, None):
+        """The life of a thread that digests."""
+        for num, length in iter(self._work.get, None):
             try:
                 if not self._error:
-                    self._store_piece(num, memoryview(buffer)[:length])
+                    self.store.seal_piece(num, self.store.digest(num, length), reread=True)
+                    self._on_piece(num)
             except Exception as error:  # noqa: BLE001 the reader raises it: a hand that died would leave it waiting
                 self._error = error
             finally:
-                self._buffers.put(buffer)
                 self._work.task_done()
-
-    def _store_piece(self, num: int, view: Any) -> None:
-        digest = PieceDigest()
-        for at in range(0, len(view), self.CHUNK):
-            digest.update(view[at:at + self.CHUNK])
-            self.store.write(num * self.store.layout.stride + at, view[at:at + self.CHUNK])
-        self.store.seal_piece(num, digest.seal())
-        self._on_piece(num)
 
 
 # ==============================================================================
@@ -7599,7 +7794,7 @@ class Fetchers:
         self.holders = collections.Counter()  # type: Dict[str, int]  # the same by address
         self.received = 0  # plain bytes, good or bad, to see whether anything moves
         self._lock = threading.Lock()
-        self._claims = {}  # type: Dict[int, Tuple[threading.Lock, List[Any]]]  # who may write a piece
+        self._claims = {}  # type: Dict[int, _Claim]  # who may write a piece
         self._shunned = {}  # type: Dict[Tuple[str, int], float]  # peers that have just kept us waiting, until when
         self._queue = queue.Queue()  # type: queue.Queue
         self._left = 0  # orders put and not ended
@@ -7651,13 +7846,13 @@ class Fetchers:
         os.close(self._wake_w)
 
     def _run(self) -> None:
-        buffer = memoryview(bytearray(CHUNK + 64))
+        funnel = Funnel(CHUNK)
         for order in iter(self._queue.get, None):
             started, error, length = time.monotonic(), None, 0
             if self._stopping:
                 continue
             try:
-                length = self._fetch(order, buffer)
+                length = self._fetch(order, funnel)
             except DflyError as failure:
                 error = failure
                 self._log.warn("piece %d from %s: %s", order.num, join_host(order.host, order.port), failure)
@@ -7675,6 +7870,7 @@ class Fetchers:
                     self.holders[join_host(order.host, order.port)] += length
             self.outcomes.append(Outcome(order, time.monotonic() - started, length, error))
             os.write(self._wake_w, b"x")
+        funnel.close()
 
     def _shun(self, order: Order, error: DflyError) -> None:
         """Ask a peer that has just kept us waiting for no other piece in a while: each would cost a thread as much time."""
@@ -7684,13 +7880,38 @@ class Fetchers:
 
     # -- one piece ---------------------------------------------------------------
 
-    def _fetch(self, order: Order, buffer: Any) -> int:
+    def _fetch(self, order: Order, funnel: Funnel) -> int:
         """Fetch, check, write and journal one piece; return its plain bytes, 0 if another was faster."""
         if self._store.have >> order.num & 1:
             return 0
         with self._lock:
             if self._shunned.get((order.host, order.port), 0.0) > time.monotonic():
                 raise _Shunned("%s has just kept another piece waiting" % join_host(order.host, order.port))
+        link, reply = self._ask(order)
+        claim = self._claim(order, link)
+        try:
+            if reply.status not in (200, 206):
+                raise self._refused(order, reply.status)
+            with self._meter:
+                frame = self._receive(order, link, reply, funnel, claim)
+        except zlib.error as error:
+            raise WrongBytes(self._named(order), order.digest or "that of the piece", "missing, since what came can't be inflated (%s)" % error)
+        except NetworkError:  # perhaps it was hung up on in favour of another
+            claim.check(order)
+            raise
+        finally:
+            claim.leave(order)
+            self._pool.done(link, reply)
+        seal = self._store.digest(order.num, self._length_of(order))
+        try:
+            self._check(order, reply, seal, frame)
+        except WrongBytes:
+            claim.check(order)  # else they may be the other's
+            raise
+        return seal.length if self._commit(order, claim, seal) else 0
+
+    def _ask(self, order: Order) -> Tuple[HttpLink, Reply]:
+        """Ask for a piece; return the connection and the head of the answer.  Raises NetworkError, TimedOut.  Wire: 5.3, 5.4"""
         layout = self._store.layout
         start = int(order.range_text.partition("-")[0])
         exact = "bytes=%d-%d" % (start, start + self._length_of(order) + (0 if order.plain else WRAP) - 1)  # Wire: 7.6 (0.2's last piece)
@@ -7706,19 +7927,7 @@ class Fetchers:
         if self._pace:
             lead = min(AHEAD_S, AHEAD_TRIPS * link.keep_short(self._pace))
             self._lead += 0.2 * (lead - self._lead)
-        digest = self._digest(order)
-        claim = self._claim(order)
-        try:
-            if reply.status not in (200, 206):
-                raise self._refused(order, reply.status)
-            with self._meter:
-                frame = self._receive(order, link, reply, buffer, digest, claim)
-        except zlib.error as error:
-            raise WrongBytes(self._named(order), order.digest or "that of the piece", "missing, since what came can't be inflated (%s)" % error)
-        finally:
-            self._pool.done(link, reply)
-        seal = self._check(order, reply, digest, frame)
-        return seal.length if self._commit(order, claim, seal) else 0
+        return link, reply
 
     def _accepted(self, order: Order) -> List[Tuple[str, str]]:
         """Return the headers that say who we are, and, on a link that is slow enough, how slow, so that its holder may deflate the piece."""
@@ -7731,60 +7940,67 @@ class Fetchers:
     def _named(order: Order) -> str:
         return "piece %d from %s" % (order.num, join_host(order.host, order.port))
 
-    def _digest(self, order: Order) -> PieceDigest:
-        """Return what digests the piece as its check needs it."""
-        return PieceDigest(piece_head(self._length_of(order), self._store.layout.size) if order.old else b"")
-
     @staticmethod
     def _refused(order: Order, status: int) -> DflyError:
         error = NetworkError("%s answers %d for piece %d" % (join_host(order.host, order.port), status, order.num))
         error.why = "gone" if status in (404, 416) else "other"
         return error
 
-    def _receive(self, order: Order, link: HttpLink, reply: Reply, buffer: Any, digest: PieceDigest, claim: Any) -> bytes:
-        """Read a piece, write it, digest what the file has of it; return its head and tail.  Raises NetworkError, NoSpace, CannotWrite."""
-        offset = order.num * self._store.layout.stride
-        head, expected = 0 if order.plain else 4, self._length_of(order)
-        total = expected if order.plain else expected + WRAP
-        frame, got, began = b"", 0, time.monotonic()
+    def _receive(self, order: Order, link: HttpLink, reply: Reply, funnel: Funnel, claim: "_Claim") -> bytes:
+        """Write a piece as it comes; return its head and tail.  Raises NetworkError, TimedOut, NoSpace, CannotWrite, zlib.error."""
+        expected, began = self._length_of(order), time.monotonic()
         if reply.headers.get("content-encoding", "") == "deflate" and not order.plain:
-            reply.inflate(total)
-        while got < total:
-            count = min(CHUNK, total - got)
-            self._fill(order, link, reply, buffer[:count], total - got)
-            begin, end = max(0, head - got), max(0, head + expected - got)  # of the plain bytes among these
-            frame += bytes(buffer[:min(begin, count)]) + bytes(buffer[max(begin, end):count])
-            view = buffer[begin:min(end, count)]
-            if len(view):
-                self._write(order, claim, offset + max(0, got - head), view)
-                digest.update(view)
-            got += count
+            reply.inflate(expected + WRAP)
+        frame = b"" if order.plain else self._frame(order, reply, funnel, 4)
+        self._fill(order, link, reply, funnel, claim)
+        if not order.plain:
+            frame += self._frame(order, reply, funnel, 1)
         if reply.stream:
             reply.end_inflated()
         pace = reply.taken / max(time.monotonic() - began, 1e-4)
         self._pace += 0.2 * (pace - self._pace) if self._pace else pace
         return frame
 
-    def _fill(self, order: Order, link: HttpLink, reply: Reply, view: Any, left: int) -> None:
-        """Fill `view` with the next bytes of a piece of which `left` are to come.  Raises NetworkError, TimedOut, zlib.error.
+    def _frame(self, order: Order, reply: Reply, funnel: Funnel, count: int) -> bytes:
+        """Return the next bytes of an answer, which are no part of the file."""
+        found = b""
+        while len(found) < count:
+            before = reply.taken
+            got = reply.read_into(funnel.buffer[:count - len(found)])
+            found += bytes(funnel.buffer[:got])
+            if not self._book(reply, before) and not got:
+                raise self._short(order, count)
+        return found
 
-        Limits and paces are those of the bytes on the wire, fewer than `left` where they are deflated.
+    def _book(self, reply: Reply, before: int) -> int:
+        """Return how many bytes an answer has taken on the wire since `before`, and book them."""
+        taken = reply.taken - before
+        self._bucket.spend(taken)
+        self._meter.add(taken)
+        return taken
+
+    def _fill(self, order: Order, link: HttpLink, reply: Reply, funnel: Funnel, claim: "_Claim") -> None:
+        """Write the content of a piece as it comes.  Raises NetworkError, TimedOut, NoSpace, CannotWrite, zlib.error.
+
+        Limits and paces are those of the bytes on the wire, fewer than are to come where they are deflated.
         """
+        offset, left = order.num * self._store.layout.stride, self._length_of(order)
         waited, came = 0.0, 0  # seconds spent on reading, and bytes read, since its pace was last looked at
-        while len(view):
+        while left:
             if self._stopping or self._store.have >> order.num & 1:
                 raise _Superseded("piece %d is here already, or the download ends" % order.num)
-            most = self._bucket.chunk(min(len(view), self._watch_pace(order, link, reply, left if not reply.stream else reply.left or 0)))
+            behind = (0 if order.plain else 1) + left if not reply.stream else reply.left or 0
+            most = self._bucket.chunk(min(left, self._watch_pace(order, link, reply, behind)))
             self._bucket.take(0)
             asked, before = time.monotonic(), reply.taken
-            count = reply.read_into(view[:most])
-            taken = reply.taken - before
-            self._bucket.spend(taken)
-            self._meter.add(taken)
+            with claim.writing:
+                claim.check(order)
+                count = self._store.pour(reply, funnel, offset, most)
+            taken = self._book(reply, before)
             if not count and not taken:
                 raise self._short(order, left)
             self.received += count
-            view, left = view[count:], left - count
+            offset, left = offset + count, left - count
             waited, came = waited + time.monotonic() - asked, came + taken
             if waited > PEER_SILENCE_S:
                 self._check_pace(order, came / waited)
@@ -7824,14 +8040,13 @@ class Fetchers:
         error.why = "other"
         return error
 
-    def _check(self, order: Order, reply: Reply, digest: PieceDigest, frame: bytes) -> Seal:
-        """Return the piece's seal if it is what it must be.  Raises WrongBytes."""
-        seal = digest.seal()
+    def _check(self, order: Order, reply: Reply, seal: Seal, frame: bytes) -> None:
+        """See whether a piece is what it must be.  Raises WrongBytes, CannotRead."""
         what = self._named(order)
         if order.old:
             if frame != piece_head(seal.length, self._store.layout.size) + TAIL:
                 raise WrongBytes(what, "head and tail of %d bytes" % seal.length, frame.hex())
-            got = digest.wrapped_md5()
+            got = self._store.wrapped_digest(order.num, seal.length)
             if got != order.digest:
                 raise WrongBytes(what, order.digest, got)
         elif not order.plain:
@@ -7839,30 +8054,56 @@ class Fetchers:
             text = order.digest or (reply.headers.get(DFLY_HEADER, "") if seed else "")
             if text != str(seal):
                 raise WrongBytes(what, text or "missing", str(seal))
-        return seal
 
     # -- who may write -------------------------------------------------------------
-    # Late pieces are fetched twice.  The newest fetch of a piece owns its place in the file; the older one goes on
-    # reading, in case it is right and faster, only as long as it owns it.
 
-    def _claim(self, order: Order) -> Tuple[threading.Lock, List[Any]]:
+    def _claim(self, order: Order, link: HttpLink) -> "_Claim":
         with self._lock:
-            claim = self._claims.setdefault(order.num, (threading.Lock(), []))
-            claim[1][:] = [order]
-            return claim
+            claim = self._claims.setdefault(order.num, _Claim())
+        claim.take(order, link)
+        return claim
 
-    def _write(self, order: Order, claim: Tuple[threading.Lock, List[Any]], offset: int, view: Any) -> None:
-        with claim[0]:
-            if claim[1][0] is not order or self._store.have >> order.num & 1:
-                raise _Superseded("piece %d is fetched from elsewhere" % order.num)
-            self._store.write_back(offset, view)
-
-    def _commit(self, order: Order, claim: Tuple[threading.Lock, List[Any]], seal: Seal) -> bool:
-        with claim[0]:
-            if claim[1][0] is not order or self._store.have >> order.num & 1:
+    def _commit(self, order: Order, claim: "_Claim", seal: Seal) -> bool:
+        with claim.writing:
+            if not claim.held_by(order) or self._store.have >> order.num & 1:
                 return False
             self._store.seal_piece(order.num, seal, reread=True)
             return True
+
+
+class _Claim:
+    """Who may write a piece: late ones are fetched twice, and then its place in the file is the newest fetch's.
+
+    `writing` is held while somebody writes, or says that what is written is right; _lock guards _order and _link.
+    """
+
+    def __init__(self) -> None:
+        self.writing = threading.Lock()
+        self._lock = threading.Lock()
+        self._order = None  # type: Optional[Order]
+        self._link = None  # type: Optional[HttpLink]
+
+    def take(self, order: Order, link: HttpLink) -> None:
+        """Be the newest; hang up on the one before, who else waits for bytes with the place in his hands."""
+        with self._lock:
+            if self._link:
+                self._link.interrupt()
+            self._order, self._link = order, link
+
+    def leave(self, order: Order) -> None:
+        """The fetch of `order` reads no more from its connection."""
+        with self._lock:
+            if self._order is order:
+                self._link = None
+
+    def held_by(self, order: Order) -> bool:
+        """Return whether the fetch of `order` is the newest."""
+        return self._order is order
+
+    def check(self, order: Order) -> None:
+        """Raise _Superseded unless it is."""
+        if self._order is not order:
+            raise _Superseded("piece %d is fetched from elsewhere" % order.num)
 
 
 class _Shunned(TimedOut):
@@ -7905,10 +8146,8 @@ class Registration(NamedTuple):
         whole = self.whole or b""
         if store.layout.count != 1 or len(whole) != store.layout.length:
             raise Migrate("the file in the register answer has %d bytes" % len(whole))
-        digest = PieceDigest()
-        digest.update(whole)
         store.write(0, whole)
-        store.seal_piece(0, digest.seal())
+        store.seal_piece(0, store.digest(0, len(whole)), reread=True)
         return len(whole)
 
     @classmethod

@@ -25,10 +25,8 @@ def half_full(folder, version):
     store = dfly.TaskFile.create(folder + "/data", folder + "/journal", {"task": "t", "version": version}, len(DATA), SIZE)
     for num in range(1, COUNT, 2):
         at, length = store.layout.content_range(num)
-        digest = dfly.PieceDigest()
-        digest.update(DATA[at:at + length])
         store.write(at, DATA[at:at + length])
-        store.seal_piece(num, digest.seal())
+        store.seal_piece(num, store.digest(num, length))
     return store
 
 
