@@ -4080,6 +4080,9 @@ class _Sample:
     def __len__(self) -> int:
         return len(self._members)
 
+    def __contains__(self, member: Any) -> bool:
+        return member in self._places
+
     def put(self, member: Any, present: bool) -> None:
         """Have `member` in the set, or not."""
         if present and member not in self._places:
@@ -4150,6 +4153,7 @@ class _Peer:
         self.counted = serves  # whether its pieces count as held: it serves, and is not suspended
         self.starved = False  # nobody but the seed could serve it the last time
         self.idle = self.hungry = False  # whether it is among its places' idle holders, hungry receivers
+        self.hungry_since = 0.0
         self.have = 0  # mask: verified
         self.offers = 0  # mask: servable to others
         self.flights = {}  # type: Dict[int, _Flight]
@@ -4260,6 +4264,7 @@ class Scheduler:
     """
 
     SAMPLE = 12  # candidates looked at where all would be too many; 4 to 24 do equally well in the simulator
+    PATIENCE = 0.5  # times the usual duration, for which a receiver waits before a holder turns to it from another
     CROSSINGS = 3  # fetches into (and out of) one rack at a time; in the simulator 2 ends at 1.44, 3 at 1.20, 4 at 1.27
     LATE = 4.0  # times the usual duration, plus LATE_S: then a piece may be fetched a second time
     LATE_S = 1.0
@@ -4451,7 +4456,7 @@ class Scheduler:
         holder = flight.holder  # the seed's turns go by who has least, not by whose connection is warm
         if holder and holder.places[-1] is peer.places[-1] and peer.room > 0 and self._free(holder, now):
             nums = self._allowed(peer, holder, now)
-            if nums:
+            if nums and not self._others_wait(peer, holder, now):
                 self._launch(peer, holder, peer.task.rarest(nums, self._rng), now)
                 self._index(peer, now)
         if not holder:
@@ -4459,6 +4464,13 @@ class Scheduler:
             return
         for other in self._rotated(holder.host.peers):
             self._use(other, now)
+
+    def _others_wait(self, peer: _Peer, holder: _Peer, now: float) -> bool:
+        """Return whether another partner of `holder` has waited for long: holders that always go on with the same receivers
+        leave some with two fetches where others have three, and those end a fifth later."""
+        limit = now - self.PATIENCE * peer.task.duration
+        return any(other.hungry_since < limit and len(other.flights) <= len(peer.flights) and bool(self._allowed(other, holder, now))
+                   for other in self._partners(peer.task.swarm.hungry, holder.host))
 
     def _rotated(self, peers: List[_Peer]) -> List[_Peer]:
         """Return the peers of one host beginning anywhere, so that its tasks get even shares of its slots."""
@@ -4604,6 +4616,18 @@ class Scheduler:
                 and sum(1 for near in other.partners.values() if near == common) < 1.5 * self.PARTNERS)
 
     @staticmethod
+    def _partners(sample: _Sample, host: _Host) -> List[_Peer]:
+        """Return those of a set of peers that are on hosts which `host` has met."""
+        return [peer for other in host.partners for peer in other.peers if peer in sample]
+
+    def _candidates(self, sample: _Sample, host: _Host) -> List[_Peer]:
+        """Return peers of a set, all if they are few, else those that `host` has met and some others: of a thousand that wait
+        twelve would hardly be among its partners."""
+        if len(sample) <= self.SAMPLE:
+            return sample.draw(self.SAMPLE, self._rng)
+        return self._partners(sample, host) + [peer for peer in sample.draw(self.SAMPLE, self._rng) if peer.host not in host.partners]
+
+    @staticmethod
     def _part(host: _Host) -> None:
         """A host has nothing more to fetch, or is better avoided, or chooses anew."""
         for other in host.partners:
@@ -4620,7 +4644,7 @@ class Scheduler:
             for place in peer.places:
                 place.idle.put(peer, idle)
         if hungry != peer.hungry:
-            peer.hungry = hungry
+            peer.hungry, peer.hungry_since = hungry, now
             for place in peer.places:
                 place.hungry.put(peer, hungry)
 
@@ -4691,7 +4715,7 @@ class Scheduler:
 
     def _best_receiver(self, holder: _Peer, place: _Place, now: float) -> Optional[Tuple[_Peer, int]]:
         found = []
-        for i, peer in enumerate(place.hungry.draw(self.SAMPLE, self._rng)):
+        for i, peer in enumerate(self._candidates(place.hungry, holder.host)):
             nums = self._allowed(peer, holder, now)
             if nums:
                 num = holder.task.rarest(nums, self._rng)
@@ -4737,7 +4761,7 @@ class Scheduler:
         """Return the nearest free holder of something rare: same rack, same site, anywhere; the faster one of two."""
         for place in reversed(peer.places):
             found = []
-            for i, holder in enumerate(place.idle.draw(self.SAMPLE, self._rng)):
+            for i, holder in enumerate(self._candidates(place.idle, peer.host)):
                 nums = self._allowed(peer, holder, now) if self._free(holder, now) else 0
                 if nums:
                     num = peer.task.rarest(nums, self._rng)
