@@ -9512,6 +9512,7 @@ class Blob(ReadAlong):
         self.began = self.used_at = time.monotonic()
         self._proven = {}  # type: Dict[str, float]  # fingerprints of credentials, and until when they are good
         self.unwanted = False  # nobody waits for it: the download shall end
+        self.begins = threading.Event()  # its first client knows whether he may have it: the download may begin
         self.settled = threading.Event()  # its threads have ended
 
     @property
@@ -9536,6 +9537,52 @@ class Blob(ReadAlong):
         super().close()
         if not (keep and self.digest):
             remove(self.path)
+
+
+class Wanted(NamedTuple):
+    """A file that a client wants, and that may come by the swarm."""
+
+    origin: Origin
+    digest: str  # SHA-256; "" where the URL does not say it
+    headers: List[Tuple[str, str]]  # as they go to the origin
+    ranged: bool
+    at: int  # the first byte that is wanted; all from there on are
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return self.origin.url
+
+
+class Opening:
+    """The first bytes of a blob that is not here yet, straight from its registry: that it gives them says that this client may
+    have the blob, and they are on their way to him while the swarm begins.  Used by one thread.
+
+    Whoever sends them on compares them with what the swarm brings, before anything of that follows.
+    """
+
+    SIZE = 1 << 14
+
+    def __init__(self, answer: Any, body: Iterator[Any]) -> None:
+        self._body = body
+        self.status = answer.status
+        self.data = b""  # as far as it has come
+        found = re.match(r"^bytes 0-(\d{1,18})/(\d{1,18})$", answer.getheader("Content-Range", "")) if self.status == 206 else None
+        plain = answer.getheader("Content-Encoding", "identity") == "identity"
+        self.length = int(found.group(2)) if found and int(found.group(1)) < self.SIZE else answer.length if self.status == 200 else None
+        self.length = self.length if plain else None  # of the blob; None: not known, and the bytes are of no use
+
+    def come(self) -> Iterator[bytes]:
+        """Yield the bytes as they come; that the registry hangs up is only their end."""
+        try:
+            for data in self._body:
+                data = bytes(data[:self.SIZE - len(self.data)])
+                self.data += data
+                yield data
+                if self.status == 200 and len(self.data) == self.SIZE:  # it knows no ranges, and would go on
+                    break
+        except (NetworkError, BadGateway):
+            pass
 
 
 class Leftover:
@@ -9612,6 +9659,7 @@ class Blobs:
     """
 
     MOST = 32  # downloads at once
+    HEAD_START_S = 0.01  # how long a download waits for a registry to answer the blob's first client: a near one has by then
 
     def __init__(self, repo: str, log: Log, options_for: Callable[[str], Any], keep_s: float, uploader: Callable[[], int]) -> None:
         self.repo, self.log = repo, log
@@ -9629,8 +9677,11 @@ class Blobs:
             if _BY_URL.match(name):  # nobody knows any more what is in it
                 remove(os.path.join(repo, name))
 
-    def join(self, url: str, digest: str, headers: List[Tuple[str, str]], credentials: str) -> Optional[Blob]:
-        """Return the blob at `url`, on its way from now on; None when it had better be asked of its origin.  End with `leave`."""
+    def join(self, url: str, digest: str, headers: List[Tuple[str, str]], credentials: str, head_start: bool) -> Optional[Blob]:
+        """Return the blob at `url`, on its way from now on; None when it had better be asked of its origin.  End with `leave`.
+
+        With `head_start` a new one waits a moment for its client, who asks the registry himself, and sets `begins`.
+        """
         now, key = time.monotonic(), digest or url
         with self._lock:
             ending = self._blobs.get(key)
@@ -9648,8 +9699,10 @@ class Blobs:
                 name = "sha256-" + digest if digest else hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()
                 blob = Blob(url, digest, os.path.join(self.repo, name))
                 left = bool(digest) and os.path.exists(blob.path)
-                if not left:  # the download itself asks the origin
+                if not (left or head_start):  # the download itself asks the origin
                     blob.prove(credentials)
+                if left or not head_start:
+                    blob.begins.set()
                 threading.Thread(target=self._run, args=(blob, headers, left), name="dfly-blob", daemon=True).start()
                 self._blobs[key] = blob
             blob.users += 1
@@ -9660,6 +9713,8 @@ class Blobs:
         with self._lock:
             blob.users -= 1
             blob.used_at = time.monotonic()
+            blob.unwanted = blob.unwanted or not (blob.users or blob.begins.is_set())  # he may not have it, or has all
+        blob.begins.set()
 
     def _drop_locked(self, key: str) -> bool:
         """Forget a blob that nobody uses; return whether nobody does."""
@@ -9672,11 +9727,14 @@ class Blobs:
 
     def _run(self, blob: Blob, headers: List[Tuple[str, str]], left: bool) -> None:
         """The life of a download's thread; of what is `left` of an earlier run there is nothing to download."""
+        blob.begins.wait(self.HEAD_START_S)
         digester = threading.Thread(target=blob.digest_along, name="dfly-digest", daemon=True)
         digester.start()
         try:
             if left:
                 blob.follow(Leftover(blob.path))
+            elif blob.unwanted:
+                blob.fail(Stalled("nobody waits for it"))
             else:
                 self._download(blob, headers)
             digester.join(None if left else blob.PROGRESS_S)
@@ -9693,7 +9751,7 @@ class Blobs:
             blob.fail(DflyError("internal error: %r" % error))
         digester.join()
         if blob.error:
-            self.log.warn("%s: %s", blob.name, blob.error)
+            (self.log.debug if blob.unwanted else self.log.warn)("%s: %s", blob.name, blob.error)
             remove(blob.path)
             self._mark_bad(blob, 0.0 if left else 600.0)
         blob.settled.set()
@@ -9910,11 +9968,12 @@ class Daemon:
         self._upstream, self._blobs, self._log = upstream, blobs, log
         self._settings = settings
         self.port = 0
-        self._tokens = Once()
+        self._tokens, self._checks = Once(), Once()
         self._reception = Reception(registries, upstream, self._fetch_token)
         self._lock = threading.Lock()
         self._counts = collections.Counter()  # type: Dict[str, int]
         self._sizes = collections.OrderedDict()  # type: Dict[str, int]  # bytes of blobs, by digest, as manifests have them
+        self._rangeless = set()  # type: Set[str]  # sites that have sent all of a blob when asked for a part
         self._since = time.time()
 
     def serve(self, door: Doorway, ended: threading.Event) -> None:
@@ -10004,25 +10063,22 @@ class Daemon:
 
     def _by_swarm(self, caller: Caller, url: str, digest: str) -> bool:
         """Serve a GET from the swarm; return False, with nothing sent, where it had better go to the origin."""
-        headers = caller.request.headers
-        ranged = headers.get("range", "")
-        if caller.request.method != "GET" or caller.has_body or any(name.startswith("if-") for name in headers):
+        wanted = self._wanted(caller, url, digest)
+        if not wanted:
             return False
-        if ranged and not (digest and _OPEN_RANGE.match(ranged)):
-            return False  # a look inside: not worth the whole file
-        with self._lock:
-            if digest and self._sizes.get(digest, self._small) < self._small:
-                return False
-        passed = [pair for pair in self._forwarded(headers) if pair[0] not in _OURS]
-        origin = Origin(url, passed, *self._upstream.trust(url), content=digest and "sha256:" + digest)
-        blob = self._blobs.join(url, digest, passed, origin.credentials())
+        blob = self._blobs.join(url, digest, wanted.headers, wanted.origin.credentials(), self._may_open(wanted))
         if not blob:
             self._count("fallbacks")
             return False
+        opened = []  # type: List[Tuple[Opening, Callable[[], None]]]
         try:
-            if not self._proven(caller, blob, origin, passed):
+            if not self._proven(caller, blob, wanted, opened):
                 return False
-            self._send_blob(caller, blob, url, passed)
+            if opened and opened[0][0].length is not None:
+                self._send_from_opening(caller, blob, wanted, opened[0][0])
+            else:
+                blob.begins.set()
+                self._send_blob(caller, blob, wanted)
         except DflyError as error:
             if caller.started or caller.gone():
                 raise
@@ -10031,16 +10087,65 @@ class Daemon:
             return False
         finally:
             self._blobs.leave(blob)
+            for _, close in opened:
+                close()
         return True
 
-    def _proven(self, caller: Caller, blob: Blob, origin: Origin, headers: List[Tuple[str, str]]) -> bool:
-        """Return whether its origin would give the blob to this client too: what is here came on another one's credentials.
+    def _wanted(self, caller: Caller, url: str, digest: str) -> Optional[Wanted]:
+        """Return what a client wants; None where that had better go to the origin."""
+        headers = caller.request.headers
+        ranged = headers.get("range", "")
+        if caller.request.method != "GET" or caller.has_body or any(name.startswith("if-") for name in headers):
+            return None
+        found = _OPEN_RANGE.match(ranged) if digest else None
+        if ranged and not found:
+            return None  # a look inside: not worth the whole file
+        with self._lock:
+            if digest and self._sizes.get(digest, self._small) < self._small:
+                return None
+        passed = [pair for pair in self._forwarded(headers) if pair[0] not in _OURS]
+        return Wanted(Origin(url, passed, *self._upstream.trust(url), content=digest and "sha256:" + digest), digest, passed,
+                      bool(found), int(found.group(1)) if found else 0)
+
+    # -- who may, and the first bytes -------------------------------------------------
+
+    def _may_open(self, wanted: Wanted) -> bool:
+        """Return whether a blob's first bytes may come straight from its registry, without being as good as all of it."""
+        with self._lock:
+            return bool(wanted.digest) and not wanted.at and Opening.SIZE < self._sizes.get(wanted.digest, MAX_PIECE) // 2 and (
+                urlsplit(wanted.url).netloc not in self._rangeless)
+
+    def _proven(self, caller: Caller, blob: Blob, wanted: Wanted, opened: List[Tuple[Opening, Callable[[], None]]]) -> bool:
+        """Return whether its origin gives the blob to this client, too: what is here came on another one's credentials.  Of a
+        blob that is not here yet it is asked for the first bytes, which become `opened`, with what ends that.
 
         Wire: 16 (2)
         """
-        credentials = origin.credentials()
+        credentials = wanted.origin.credentials()
+
+        def question() -> bool:
+            if blob.begins.is_set() or not self._may_open(wanted) or urlsplit(wanted.url).netloc != urlsplit(blob.url).netloc:
+                return self._ask_whether(caller, blob, wanted.origin, wanted.headers)
+            opened.append(self._open_blob(wanted))
+            return opened[0][0].status in (200, 206, 416)  # 416: an empty one
+
         if blob.may_have(credentials):
             return True
+        good = bool(self._checks.ask((blob.name, credentials), question))
+        if good:
+            blob.prove(credentials)
+        return good
+
+    def _open_blob(self, wanted: Wanted) -> Tuple[Opening, Callable[[], None]]:
+        """Ask a registry for a blob's first bytes; return them, and what to call behind them.  Raises BadGateway."""
+        last, connection, answer = self._ask("GET", wanted.url, wanted.headers + [("range", "bytes=0-%d" % (Opening.SIZE - 1))], None, 0, follow=True)
+        if answer.status == 200:
+            with self._lock:
+                self._rangeless.add(urlsplit(wanted.url).netloc)
+        return Opening(answer, self._body(last, answer)), functools.partial(self._upstream.done, last, connection, answer)
+
+    def _ask_whether(self, caller: Caller, blob: Blob, origin: Origin, headers: List[Tuple[str, str]]) -> bool:
+        """Return whether an origin says that it would give a blob, and shows that it can if the blob came from another.  Raises DflyError."""
         connection, answer = self._upstream.ask("HEAD", origin.url, headers)
         answer.read()
         self._upstream.done(origin.url, connection, answer)
@@ -10051,41 +10156,71 @@ class Daemon:
         if urlsplit(origin.url).netloc != urlsplit(blob.url).netloc:
             blob.length(caller.gone)  # of a blob that has begun there is something to hold it against
             origin.prove(0, blob.progress()["bytes"] or 0, blob.read_at)
-        blob.prove(credentials)
         return True
 
-    def _send_blob(self, caller: Caller, blob: Blob, url: str, passed: List[Tuple[str, str]]) -> None:
-        """Send a blob as it comes; if that fails in its middle, the rest from `url`.  Raises what keeps it from coming."""
-        length = blob.length(caller.gone)
-        ranged = _OPEN_RANGE.match(caller.request.headers.get("range", ""))
-        at = int(ranged.group(1)) if ranged else 0
-        if ranged and at >= length:
-            raise NoSuchPiece("the file has %d bytes" % length)
-        fd, limit = blob.sendable(at, caller.gone)
-        headers = [("Content-Range", "bytes %d-%d/%d" % (at, length - 1, length))] if ranged else []
-        caller.answer(206 if ranged else 200, "", headers + self._blob_headers(blob), length - at)
+    def _send_from_opening(self, caller: Caller, blob: Blob, wanted: Wanted, opening: Opening) -> None:
+        """Send a blob's first bytes as its registry sends them, and then the blob as it comes.  Raises as `_send_blob`."""
+        length = opening.length
+        assert length is not None
+        if length <= Opening.SIZE:  # it has come, and is no matter for the swarm
+            digest = hashlib.sha256(b"".join(opening.come())).hexdigest()
+            if digest != wanted.digest:
+                raise WrongBytes(blob.name, wanted.digest, digest)
+            self._answer_blob(caller, blob, wanted, length)
+            caller.send(opening.data)
+            return self._count("blob_bytes", length)
+        self._answer_blob(caller, blob, wanted, length)
+        for data in opening.come():
+            caller.send(data)
+        blob.begins.set()
+        self._count("blob_bytes", len(opening.data))
+        return self._send_on(caller, blob, wanted, len(opening.data), length, opening.data)
+
+    def _answer_blob(self, caller: Caller, blob: Blob, wanted: Wanted, length: int) -> None:
+        """Send the head of the answer that has a blob of `length` bytes from the first wanted one on."""
+        at = wanted.at
+        headers = [("Content-Range", "bytes %d-%d/%d" % (at, length - 1, length))] if wanted.ranged else []
+        caller.answer(206 if wanted.ranged else 200, "", headers + self._blob_headers(blob), length - at)
         self._count("blobs")
+
+    def _send_blob(self, caller: Caller, blob: Blob, wanted: Wanted) -> None:
+        """Send a blob as it comes; if that fails in its middle, the rest from its origin.  Raises what keeps it from coming."""
+        length = blob.length(caller.gone)
+        if wanted.ranged and wanted.at >= length:
+            raise NoSuchPiece("the file has %d bytes" % length)
+        blob.sendable(wanted.at, caller.gone)
+        self._answer_blob(caller, blob, wanted, length)
+        self._send_on(caller, blob, wanted, wanted.at, length, b"")
+
+    def _send_on(self, caller: Caller, blob: Blob, wanted: Wanted, at: int, length: int, head: bytes) -> None:
+        """Send bytes [at, length) of a blob as they come; `head` came straight from its registry, and nothing else has been sent
+        yet.  Raises as `_send_blob`."""
+        fd = -1
         while at < length:
-            caller.send_file(fd, at, limit)
-            self._count("blob_bytes", limit - at)
-            at = limit
             try:
                 fd, limit = blob.sendable(at, caller.gone)
             except DflyError as error:
-                if caller.gone() or isinstance(error, WrongBytes) or not blob.digest:
+                if caller.gone() or (isinstance(error, WrongBytes) and not head) or not blob.digest:
                     raise
                 self._log.warn("%s: %s; the rest straight from its origin", blob.name, error)
-                return self._send_rest(caller, blob, url, passed, (fd, at, length))
+                return self._send_rest(caller, blob, wanted, (fd, at, length), head)
+            if head and (blob.progress()["length"], blob.read_at(0, len(head))) != (length, head):
+                raise WrongBytes(blob.name, "of one file", "of another for its first bytes, straight from %s" % urlsplit(wanted.url).netloc)
+            head = b""
+            caller.send_file(fd, at, limit)
+            self._count("blob_bytes", limit - at)
+            at = limit
         return None
 
-    def _send_rest(self, caller: Caller, blob: Blob, url: str, passed: List[Tuple[str, str]], where: Tuple[int, int, int]) -> None:
-        """Send what is still missing of a blob, of which bytes [0, at) are in `fd`, straight from its origin; its end only if it is right.
+    def _send_rest(self, caller: Caller, blob: Blob, wanted: Wanted, where: Tuple[int, int, int], head: bytes) -> None:
+        """Send what is still missing of a blob, of which bytes [0, at) are in `fd`, or are `head`, straight from its origin; its end
+        only if it is right.
 
         Raises BadGateway, NetworkError, SourceError, WrongBytes, CannotRead.
         """
         fd, at, length = where
         self._count("fallbacks")
-        digest, done = hashlib.sha256(), 0
+        digest, done = hashlib.sha256(head), len(head)
         while done < at:
             data = os.pread(fd, min(at - done, 1 << 18), done)
             if not data:
@@ -10093,7 +10228,7 @@ class Daemon:
             digest.update(data)
             done += len(data)
         held = b""
-        for data in self._rest(url, passed, at, length, blob.name):
+        for data in self._rest(wanted.url, wanted.headers, at, length, blob.name):
             digest.update(data)
             held += data
             caller.send(held[:-blob.HELD])
