@@ -10589,6 +10589,17 @@ class EngineSettings:
         """Return what the operator does then."""
         return {"docker": "systemctl reload docker", "containerd": "systemctl restart containerd"}.get(self.engine, "")
 
+    def overruled(self) -> List[str]:
+        """Return what containerd follows in the place of `_default`, each for one registry, where that does not name the daemon.  Raises CannotRead."""
+        folder = self._hosts_folder(self._read(os.path.join(self._etc, "containerd", "config.toml"))) if self.engine == "containerd" else ""
+        found = []
+        for name in sorted(os.listdir(folder) if folder and os.path.isdir(folder) else ()):
+            own = os.path.join(folder, name)  # of the registry of that name, also when there is nothing in it
+            hosts = self._read(os.path.join(own, "hosts.toml"))
+            if name != "_default" and os.path.isdir(own) and ('"%s"' % self._url).encode() not in (hosts or b"").replace(b"'", b'"'):
+                found.append(own if hosts is None else os.path.join(own, "hosts.toml"))
+        return found
+
     @staticmethod
     def _read(path: str) -> Optional[bytes]:
         try:
@@ -12074,6 +12085,9 @@ def _set_up(options: Any) -> int:
         print("nothing to do: %s" % ("it is there already" if options.install else "nothing of ours is there"))
     elif settings.next_step() and not options.dry_run:
         print("now: %s" % settings.next_step())
+    others = settings.overruled() if options.install else []
+    if others:
+        print("not through the daemon, since containerd prefers a registry's own to _default: %s" % ", ".join(others))
     return 0
 
 
