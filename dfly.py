@@ -2557,7 +2557,8 @@ class TaskFile:
         self.about = about  # what the bytes belong to: task, url, version; all JSON
         self.layout = Layout(length, piece_size)
         self.have = 0  # bit mask of the pieces that are here and true
-        self.reread = 0  # mask of those that were read back from the file after they were written
+        self.reread = 0  # mask of those that were read back from the file after they were written, or are by whoever follows it
+        self.followed = False  # somebody digests the whole of it from the file: pieces need not be read back
         self._lock = threading.Lock()
         self._seals = {}  # type: Dict[int, Seal]
         self._md5s = {}  # type: Dict[int, str]
@@ -2775,7 +2776,7 @@ class TaskFile:
         checked what came and what was written in one.  Raises NoSpace, CannotWrite."""
         self.write(offset, plain)
         try:
-            if read_into(self._fd, offset, plain) < len(plain):
+            if not self.followed and read_into(self._fd, offset, plain) < len(plain):
                 raise CannotRead("%s is shorter than it was written" % self.data)
         except OSError as error:  # also when the file has been let go of meanwhile
             raise CannotRead("%s: %s" % (self.data, error.strerror))
@@ -3015,36 +3016,37 @@ class ReadAlong:
     def digest_along(self) -> None:
         """Digest the file in its order while it grows, until it ends or the download has failed: what has passed here may be sent."""
         store, at, digest = None, 0, hashlib.sha256()
+        buffer = memoryview(bytearray(1 << 18))
         while not self.over:
             if self._store is not store:
                 store, at, digest = self._store, 0, hashlib.sha256()
             self._news = False
-            data = self._next(store, at)
+            count = self._next(store, at, buffer)
             if self.digest:
-                digest.update(data)
-            at += len(data)
+                digest.update(buffer[:count])
+            at += count
             with self._changed:
                 if store is self._store and store:
                     self._passed, self._length = at, store.layout.length
                     if at == self._length and not self._error:
                         self._judge_locked(digest.hexdigest())
                 self._changed.notify_all()
-                if not (data or self._right or self._news):
+                if not (count or self._right or self._news):
                     self._changed.wait(0.1)  # whoever fills it from the origin does not nudge
 
-    def _next(self, store: Optional[TaskFile], at: int) -> bytes:
-        """Return the next bytes of the file, b"" while they are not here."""
+    def _next(self, store: Optional[TaskFile], at: int, buffer: Any) -> int:
+        """Fill a buffer with the next bytes of the file; return how many, 0 while they are not here."""
         num = at // store.layout.stride if store else 0
         if not store or not store.have >> num & 1:
-            return b""
+            return 0
         try:
             offset, length = store.layout.content_range(num)
-            return os.pread(self._spans[-1].fd, min(offset + length - at, 1 << 18), at)
+            return read_into(self._spans[-1].fd, at, buffer[:offset + length - at])
         except NoSuchPiece:
-            return b""
+            return 0
         except OSError as error:
             self.fail(CannotRead("%s: %s" % (self.name, error.strerror)))
-            return b""
+            return 0
 
     def _judge_locked(self, digest: str) -> None:
         if self.digest and digest != self.digest:
@@ -5692,6 +5694,8 @@ class Swarm(CdnEvents):
     is parked in one of the two servers under ("task", id), ("peer", id, cid), ("md5", id) or ("piece", id, num).
     """
 
+    QUIET_S = 2.0  # how long the check of a whole file waits for those who are receiving it
+
     def __init__(self, ip: str, log: Log, scheduler: Scheduler, cdn: Cdn, expire_s: float, clock: Callable[[], float]) -> None:
         self.lock = threading.RLock()
         self.tasks = {}  # type: Dict[str, SwarmTask]
@@ -5790,6 +5794,7 @@ class Swarm(CdnEvents):
             if digest != task.md5.lower():
                 raise WrongBytes(task.url, task.md5, digest)
         elif content_of(task.url):
+            self._await_quiet(task)
             found = hashlib.sha256()
             for num in range(store.layout.count):
                 for view in store.read_plain(num):
@@ -5797,6 +5802,15 @@ class Swarm(CdnEvents):
             if "sha256:" + found.hexdigest() != task.url:
                 remove(store.journal)  # of no use to anybody
                 raise WrongBytes(task.url, task.url, "sha256:" + found.hexdigest())
+
+    def _await_quiet(self, task: SwarmTask) -> None:
+        """Wait a moment for those who are still receiving a file: they hold it against its digest themselves, and need the processor."""
+        deadline = self._clock() + self.QUIET_S
+        while self._clock() < deadline:
+            with self.lock:
+                if not self.scheduler.receivers(task.task_id):
+                    return
+            time.sleep(0.05)
 
     def follow(self, task: SwarmTask) -> Md5Follower:
         """Return the task's MD5 follower, started if it is new; its store must be known."""
@@ -9627,6 +9641,7 @@ class BlobDownload(Download):
     def _open_store(self, length: Optional[int], size: int, version: str) -> None:
         super()._open_store(length, size, version)
         assert self.store
+        self.store.followed = bool(self._blob.digest)
         self._blob.follow(self.store)
 
     def _watch(self, line: Any, fetchers: Fetchers, outcomes: List[Outcome]) -> None:
