@@ -2558,7 +2558,8 @@ class TaskFile:
         self.layout = Layout(length, piece_size)
         self.have = 0  # bit mask of the pieces that are here and true
         self.reread = 0  # mask of those that were read back from the file after they were written, or are by whoever follows it
-        self.followed = False  # somebody digests the whole of it from the file: pieces need not be read back
+        self.digested = False  # somebody digests the whole of it from the file: pieces need not be read back
+        self.on_piece = None  # type: Optional[Callable[[], None]]  # told of each
         self._lock = threading.Lock()
         self._seals = {}  # type: Dict[int, Seal]
         self._md5s = {}  # type: Dict[int, str]
@@ -2776,7 +2777,7 @@ class TaskFile:
         checked what came and what was written in one.  Raises NoSpace, CannotWrite."""
         self.write(offset, plain)
         try:
-            if not self.followed and read_into(self._fd, offset, plain) < len(plain):
+            if not self.digested and read_into(self._fd, offset, plain) < len(plain):
                 raise CannotRead("%s is shorter than it was written" % self.data)
         except OSError as error:  # also when the file has been let go of meanwhile
             raise CannotRead("%s: %s" % (self.data, error.strerror))
@@ -2788,7 +2789,9 @@ class TaskFile:
             self._seals[num] = seal
             self._md5s.pop(num, None)
             self.have |= 1 << num
-            self.reread = self.reread & ~(1 << num) | reread << num
+            self.reread = self.reread & ~(1 << num) | (reread or self.digested) << num
+        if self.on_piece:
+            self.on_piece()
 
     def drop(self, nums: List[int]) -> None:
         """Forget pieces that turned out to be wrong.  Raises CannotWrite."""
@@ -2986,7 +2989,7 @@ class ReadAlong:
         self._length = None  # type: Optional[int]
         self._right = False  # all is here, and has the digest
         self._error = None  # type: Optional[DflyError]
-        self._news = False  # there may be new pieces
+        self._news = threading.Event()  # there may be new pieces
 
     # -- who writes -----------------------------------------------------------
 
@@ -3000,18 +3003,15 @@ class ReadAlong:
             self._spans += [span for span in store.plain_body(0, 1) if isinstance(span, FileSpan)]
             self._store, self._passed, self._length = store, 0, None
             self._changed.notify_all()
-
-    def nudge(self) -> None:
-        """There may be new pieces."""
-        with self._changed:
-            self._news = True
-            self._changed.notify_all()
+        store.digested, store.on_piece = bool(self.digest), self._news.set
+        self._news.set()
 
     def fail(self, error: DflyError) -> None:
         """There will be no more."""
         with self._changed:
             self._error = self._error or error
             self._changed.notify_all()
+        self._news.set()
 
     def digest_along(self) -> None:
         """Digest the file in its order while it grows, until it ends or the download has failed: what has passed here may be sent."""
@@ -3020,7 +3020,7 @@ class ReadAlong:
         while not self.over:
             if self._store is not store:
                 store, at, digest = self._store, 0, hashlib.sha256()
-            self._news = False
+            self._news.clear()
             count = self._next(store, at, buffer)
             if self.digest:
                 digest.update(buffer[:count])
@@ -3031,8 +3031,8 @@ class ReadAlong:
                     if at == self._length and not self._error:
                         self._judge_locked(digest.hexdigest())
                 self._changed.notify_all()
-                if not (count or self._right or self._news):
-                    self._changed.wait(0.1)  # whoever fills it from the origin does not nudge
+            if not (count or self.over):
+                self._news.wait(0.1)  # nobody says so when its length becomes known
 
     def _next(self, store: Optional[TaskFile], at: int, buffer: Any) -> int:
         """Fill a buffer with the next bytes of the file; return how many, 0 while they are not here."""
@@ -9641,13 +9641,10 @@ class BlobDownload(Download):
     def _open_store(self, length: Optional[int], size: int, version: str) -> None:
         super()._open_store(length, size, version)
         assert self.store
-        self.store.followed = bool(self._blob.digest)
         self._blob.follow(self.store)
 
     def _watch(self, line: Any, fetchers: Fetchers, outcomes: List[Outcome]) -> None:
         super()._watch(line, fetchers, outcomes)
-        if outcomes:
-            self._blob.nudge()
         self._still_wanted()
         patience, now = self.options.patience, self._clock()
         if now >= self._look_at:
@@ -11926,6 +11923,7 @@ def warm_up() -> None:
         import http.client  # noqa: F401
         import urllib.request
         urllib.request.getproxies()
+        "name".encode("idna")  # as each connection does, the first one for a millisecond
         tls_context(False, ())
 
     threading.Thread(target=load, name="dfly-warm-up", daemon=True).start()
