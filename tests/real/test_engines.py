@@ -212,7 +212,7 @@ def test_a_disk_that_fills_midway(slow, supernode, host, engines, small_disk, na
     assert pull.id == image.id and daemon.metric("fallbacks_total") >= 1
     engine.forget(NAME)
     assert engine.pull(NAME) == image.id, "with no room from the beginning"
-    os.unlink(os.path.join(disk, "other"))
+    assert daemon.stop() == 0, "and its uploader with it"
 
 
 def test_a_peer_that_dies_midway(slow, supernode, host, engines):
