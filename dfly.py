@@ -10151,10 +10151,11 @@ class Daemon:
     def _open_blob(self, wanted: Wanted) -> Tuple[Opening, Callable[[], None]]:
         """Ask a registry for a blob's first bytes; return them, and what to call behind them.  Raises BadGateway."""
         last, connection, answer = self._ask("GET", wanted.url, wanted.headers + [("range", "bytes=0-%d" % (Opening.SIZE - 1))], None, 0, follow=True)
-        if answer.status == 200:
+        opening = Opening(answer, self._body(last, answer))
+        if answer.status == 200 and (opening.length is None or opening.length > Opening.SIZE):
             with self._lock:
                 self._rangeless.add(urlsplit(wanted.url).netloc)
-        return Opening(answer, self._body(last, answer)), functools.partial(self._upstream.done, last, connection, answer)
+        return opening, functools.partial(self._upstream.done, last, connection, answer)
 
     def _ask_whether(self, caller: Caller, blob: Blob, origin: Origin, headers: List[Tuple[str, str]]) -> bool:
         """Return whether an origin says that it would give a blob, and shows that it can if the blob came from another.  Raises DflyError."""
@@ -10186,7 +10187,7 @@ class Daemon:
             caller.send(data)
         blob.begins.set()
         self._count("blob_bytes", len(opening.data))
-        return self._send_on(caller, blob, wanted, len(opening.data), length, opening.data)
+        return self._send_on(caller, blob, wanted, (-1, len(opening.data), length), opening.data)
 
     def _answer_blob(self, caller: Caller, blob: Blob, wanted: Wanted, length: int) -> None:
         """Send the head of the answer that has a blob of `length` bytes from the first wanted one on."""
@@ -10200,14 +10201,14 @@ class Daemon:
         length = blob.length(caller.gone)
         if wanted.ranged and wanted.at >= length:
             raise NoSuchPiece("the file has %d bytes" % length)
-        blob.sendable(wanted.at, caller.gone)
+        fd, _ = blob.sendable(wanted.at, caller.gone)
         self._answer_blob(caller, blob, wanted, length)
-        self._send_on(caller, blob, wanted, wanted.at, length, b"")
+        self._send_on(caller, blob, wanted, (fd, wanted.at, length), b"")
 
-    def _send_on(self, caller: Caller, blob: Blob, wanted: Wanted, at: int, length: int, head: bytes) -> None:
-        """Send bytes [at, length) of a blob as they come; `head` came straight from its registry, and nothing else has been sent
-        yet.  Raises as `_send_blob`."""
-        fd = -1
+    def _send_on(self, caller: Caller, blob: Blob, wanted: Wanted, where: Tuple[int, int, int], head: bytes) -> None:
+        """Send bytes [at, length) of a blob as they come; those before are in `fd`, or are `head`, which came straight from its
+        registry, and nothing else has been sent yet.  Raises as `_send_blob`."""
+        fd, at, length = where
         while at < length:
             try:
                 fd, limit = blob.sendable(at, caller.gone)
