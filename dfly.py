@@ -2710,6 +2710,7 @@ class TaskFile:
         self.layout = Layout(length, piece_size)
         self.have = 0  # bit mask of the pieces that are here and true
         self.reread = 0  # mask of those that were read back from the file after they were written
+        self.on_piece = None  # type: Optional[Callable[[], None]]  # told of each
         self._lock = threading.Lock()
         self._seals = {}  # type: Dict[int, Seal]
         self._md5s = {}  # type: Dict[int, str]
@@ -2960,6 +2961,8 @@ class TaskFile:
             self._md5s.pop(num, None)
             self.have |= 1 << num
             self.reread = self.reread & ~(1 << num) | reread << num
+        if self.on_piece:
+            self.on_piece()
 
     def drop(self, nums: List[int]) -> None:
         """Forget pieces that turned out to be wrong.  Raises CannotWrite."""
@@ -3155,7 +3158,7 @@ class ReadAlong:
         self._length = None  # type: Optional[int]
         self._right = False  # all is here, and has the digest
         self._error = None  # type: Optional[DflyError]
-        self._news = False  # there may be new pieces
+        self._news = threading.Event()  # there may be new pieces
 
     # -- who writes -----------------------------------------------------------
 
@@ -3169,52 +3172,50 @@ class ReadAlong:
             self._spans += [span for span in store.plain_body(0, 1) if isinstance(span, FileSpan)]
             self._store, self._passed, self._length = store, 0, None
             self._changed.notify_all()
-
-    def nudge(self) -> None:
-        """There may be new pieces."""
-        with self._changed:
-            self._news = True
-            self._changed.notify_all()
+        store.on_piece = self._news.set
+        self._news.set()
 
     def fail(self, error: DflyError) -> None:
         """There will be no more."""
         with self._changed:
             self._error = self._error or error
             self._changed.notify_all()
+        self._news.set()
 
     def digest_along(self) -> None:
         """Digest the file in its order while it grows, until it ends or the download has failed: what has passed here may be sent."""
         store, at, digest = None, 0, hashlib.sha256()
+        buffer = memoryview(bytearray(1 << 18))
         while not self.over:
             if self._store is not store:
                 store, at, digest = self._store, 0, hashlib.sha256()
-            self._news = False
-            data = self._next(store, at)
+            self._news.clear()
+            count = self._next(store, at, buffer)
             if self.digest:
-                digest.update(data)
-            at += len(data)
+                digest.update(buffer[:count])
+            at += count
             with self._changed:
                 if store is self._store and store:
                     self._passed, self._length = at, store.layout.length
                     if at == self._length and not self._error:
                         self._judge_locked(digest.hexdigest())
                 self._changed.notify_all()
-                if not (data or self._right or self._news):
-                    self._changed.wait(0.1)  # whoever fills it from the origin does not nudge
+            if not (count or self.over):
+                self._news.wait(0.1)  # nobody says so when its length becomes known
 
-    def _next(self, store: Optional[TaskFile], at: int) -> bytes:
-        """Return the next bytes of the file, b"" while they are not here."""
+    def _next(self, store: Optional[TaskFile], at: int, buffer: Any) -> int:
+        """Fill a buffer with the next bytes of the file; return how many, 0 while they are not here."""
         num = at // store.layout.stride if store else 0
         if not store or not store.have >> num & 1:
-            return b""
+            return 0
         try:
             offset, length = store.layout.content_range(num)
-            return os.pread(self._spans[-1].fd, min(offset + length - at, 1 << 18), at)
+            return read_into(self._spans[-1].fd, at, buffer[:offset + length - at])
         except NoSuchPiece:
-            return b""
+            return 0
         except OSError as error:
             self.fail(CannotRead("%s: %s" % (self.name, error.strerror)))
-            return b""
+            return 0
 
     def _judge_locked(self, digest: str) -> None:
         if self.digest and digest != self.digest:
@@ -5911,6 +5912,8 @@ class Swarm(CdnEvents):
     is parked in one of the two servers under ("task", id), ("peer", id, cid), ("md5", id) or ("piece", id, num).
     """
 
+    QUIET_S = 2.0  # how long the check of a whole file waits for those who are receiving it
+
     def __init__(self, ip: str, log: Log, scheduler: Scheduler, cdn: Cdn, expire_s: float, clock: Callable[[], float]) -> None:
         self.lock = threading.RLock()
         self.tasks = {}  # type: Dict[str, SwarmTask]
@@ -6009,6 +6012,7 @@ class Swarm(CdnEvents):
             if digest != task.md5.lower():
                 raise WrongBytes(task.url, task.md5, digest)
         elif content_of(task.url):
+            self._await_quiet(task)
             found = hashlib.sha256()
             for num in range(store.layout.count):
                 for view in store.read_plain(num):
@@ -6016,6 +6020,15 @@ class Swarm(CdnEvents):
             if "sha256:" + found.hexdigest() != task.url:
                 remove(store.journal)  # of no use to anybody
                 raise WrongBytes(task.url, task.url, "sha256:" + found.hexdigest())
+
+    def _await_quiet(self, task: SwarmTask) -> None:
+        """Wait a moment for those who are still receiving a file: they hold it against its digest themselves, and need the processor."""
+        deadline = self._clock() + self.QUIET_S
+        while self._clock() < deadline:
+            with self.lock:
+                if not self.scheduler.receivers(task.task_id):
+                    return
+            time.sleep(0.05)
 
     def follow(self, task: SwarmTask) -> Md5Follower:
         """Return the task's MD5 follower, started if it is new; its store must be known."""
@@ -9775,6 +9788,7 @@ class Blob(ReadAlong):
         self.began = self.used_at = time.monotonic()
         self._proven = {}  # type: Dict[str, float]  # fingerprints of credentials, and until when they are good
         self.unwanted = False  # nobody waits for it: the download shall end
+        self.begins = threading.Event()  # its first client knows whether he may have it: the download may begin
         self.settled = threading.Event()  # its threads have ended
 
     @property
@@ -9799,6 +9813,52 @@ class Blob(ReadAlong):
         super().close()
         if not (keep and self.digest):
             remove(self.path)
+
+
+class Wanted(NamedTuple):
+    """A file that a client wants, and that may come by the swarm."""
+
+    origin: Origin
+    digest: str  # SHA-256; "" where the URL does not say it
+    headers: List[Tuple[str, str]]  # as they go to the origin
+    ranged: bool
+    at: int  # the first byte that is wanted; all from there on are
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return self.origin.url
+
+
+class Opening:
+    """The first bytes of a blob that is not here yet, straight from its registry: that it gives them says that this client may
+    have the blob, and they are on their way to him while the swarm begins.  Used by one thread.
+
+    Whoever sends them on compares them with what the swarm brings, before anything of that follows.
+    """
+
+    SIZE = 1 << 14
+
+    def __init__(self, answer: Any, body: Iterator[Any]) -> None:
+        self._body = body
+        self.status = answer.status
+        self.data = b""  # as far as it has come
+        found = re.match(r"^bytes 0-(\d{1,18})/(\d{1,18})$", answer.getheader("Content-Range", "")) if self.status == 206 else None
+        plain = answer.getheader("Content-Encoding", "identity") == "identity"
+        self.length = int(found.group(2)) if found and int(found.group(1)) < self.SIZE else answer.length if self.status == 200 else None
+        self.length = self.length if plain else None  # of the blob; None: not known, and the bytes are of no use
+
+    def come(self) -> Iterator[bytes]:
+        """Yield the bytes as they come; that the registry hangs up is only their end."""
+        try:
+            for data in self._body:
+                data = bytes(data[:self.SIZE - len(self.data)])
+                self.data += data
+                yield data
+                if self.status == 200 and len(self.data) == self.SIZE:  # it knows no ranges, and would go on
+                    break
+        except (NetworkError, BadGateway):
+            pass
 
 
 class Leftover:
@@ -9847,8 +9907,6 @@ class BlobDownload(Download):
 
     def _watch(self, line: Any, fetchers: Fetchers, outcomes: List[Outcome]) -> None:
         super()._watch(line, fetchers, outcomes)
-        if outcomes:
-            self._blob.nudge()
         self._still_wanted()
         patience, now = self.options.patience, self._clock()
         if now >= self._look_at:
@@ -9875,6 +9933,7 @@ class Blobs:
     """
 
     MOST = 32  # downloads at once
+    HEAD_START_S = 0.01  # how long a download waits for a registry to answer the blob's first client: a near one has by then
 
     def __init__(self, repo: str, log: Log, options_for: Callable[[str], Any], keep_s: float, uploader: Callable[[], int]) -> None:
         self.repo, self.log = repo, log
@@ -9892,8 +9951,11 @@ class Blobs:
             if _BY_URL.match(name):  # nobody knows any more what is in it
                 remove(os.path.join(repo, name))
 
-    def join(self, url: str, digest: str, headers: List[Tuple[str, str]], credentials: str) -> Optional[Blob]:
-        """Return the blob at `url`, on its way from now on; None when it had better be asked of its origin.  End with `leave`."""
+    def join(self, url: str, digest: str, headers: List[Tuple[str, str]], credentials: str, head_start: bool) -> Optional[Blob]:
+        """Return the blob at `url`, on its way from now on; None when it had better be asked of its origin.  End with `leave`.
+
+        With `head_start` a new one waits a moment for its client, who asks the registry himself, and sets `begins`.
+        """
         now, key = time.monotonic(), digest or url
         with self._lock:
             ending = self._blobs.get(key)
@@ -9911,8 +9973,10 @@ class Blobs:
                 name = "sha256-" + digest if digest else hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()
                 blob = Blob(url, digest, os.path.join(self.repo, name))
                 left = bool(digest) and os.path.exists(blob.path)
-                if not left:  # the download itself asks the origin
+                if not (left or head_start):  # the download itself asks the origin
                     blob.prove(credentials)
+                if left or not head_start:
+                    blob.begins.set()
                 threading.Thread(target=self._run, args=(blob, headers, left), name="dfly-blob", daemon=True).start()
                 self._blobs[key] = blob
             blob.users += 1
@@ -9923,6 +9987,8 @@ class Blobs:
         with self._lock:
             blob.users -= 1
             blob.used_at = time.monotonic()
+            blob.unwanted = blob.unwanted or not (blob.users or blob.begins.is_set())  # he may not have it, or has all
+        blob.begins.set()
 
     def _drop_locked(self, key: str) -> bool:
         """Forget a blob that nobody uses; return whether nobody does."""
@@ -9935,11 +10001,14 @@ class Blobs:
 
     def _run(self, blob: Blob, headers: List[Tuple[str, str]], left: bool) -> None:
         """The life of a download's thread; of what is `left` of an earlier run there is nothing to download."""
+        blob.begins.wait(self.HEAD_START_S)
         digester = threading.Thread(target=blob.digest_along, name="dfly-digest", daemon=True)
         digester.start()
         try:
             if left:
                 blob.follow(Leftover(blob.path))
+            elif blob.unwanted:
+                blob.fail(Stalled("nobody waits for it"))
             else:
                 self._download(blob, headers)
             digester.join(None if left else blob.PROGRESS_S)
@@ -9956,7 +10025,7 @@ class Blobs:
             blob.fail(DflyError("internal error: %r" % error))
         digester.join()
         if blob.error:
-            self.log.warn("%s: %s", blob.name, blob.error)
+            (self.log.debug if blob.unwanted else self.log.warn)("%s: %s", blob.name, blob.error)
             remove(blob.path)
             self._mark_bad(blob, 0.0 if left else 600.0)
         blob.settled.set()
@@ -10173,11 +10242,12 @@ class Daemon:
         self._upstream, self._blobs, self._log = upstream, blobs, log
         self._settings = settings
         self.port = 0
-        self._tokens = Once()
+        self._tokens, self._checks = Once(), Once()
         self._reception = Reception(registries, upstream, self._fetch_token)
         self._lock = threading.Lock()
         self._counts = collections.Counter()  # type: Dict[str, int]
         self._sizes = collections.OrderedDict()  # type: Dict[str, int]  # bytes of blobs, by digest, as manifests have them
+        self._rangeless = set()  # type: Set[str]  # sites that have sent all of a blob when asked for a part
         self._since = time.time()
 
     def serve(self, door: Doorway, ended: threading.Event) -> None:
@@ -10267,25 +10337,22 @@ class Daemon:
 
     def _by_swarm(self, caller: Caller, url: str, digest: str) -> bool:
         """Serve a GET from the swarm; return False, with nothing sent, where it had better go to the origin."""
-        headers = caller.request.headers
-        ranged = headers.get("range", "")
-        if caller.request.method != "GET" or caller.has_body or any(name.startswith("if-") for name in headers):
+        wanted = self._wanted(caller, url, digest)
+        if not wanted:
             return False
-        if ranged and not (digest and _OPEN_RANGE.match(ranged)):
-            return False  # a look inside: not worth the whole file
-        with self._lock:
-            if digest and self._sizes.get(digest, self._small) < self._small:
-                return False
-        passed = [pair for pair in self._forwarded(headers) if pair[0] not in _OURS]
-        origin = Origin(url, passed, *self._upstream.trust(url), content=digest and "sha256:" + digest)
-        blob = self._blobs.join(url, digest, passed, origin.credentials())
+        blob = self._blobs.join(url, digest, wanted.headers, wanted.origin.credentials(), self._may_open(wanted))
         if not blob:
             self._count("fallbacks")
             return False
+        opened = []  # type: List[Tuple[Opening, Callable[[], None]]]
         try:
-            if not self._proven(caller, blob, origin, passed):
+            if not self._proven(caller, blob, wanted, opened):
                 return False
-            self._send_blob(caller, blob, url, passed)
+            if opened and opened[0][0].length is not None:
+                self._send_from_opening(caller, blob, wanted, opened[0][0])
+            else:
+                blob.begins.set()
+                self._send_blob(caller, blob, wanted)
         except DflyError as error:
             if caller.started or caller.gone():
                 raise
@@ -10294,16 +10361,66 @@ class Daemon:
             return False
         finally:
             self._blobs.leave(blob)
+            for _, close in opened:
+                close()
         return True
 
-    def _proven(self, caller: Caller, blob: Blob, origin: Origin, headers: List[Tuple[str, str]]) -> bool:
-        """Return whether its origin would give the blob to this client too: what is here came on another one's credentials.
+    def _wanted(self, caller: Caller, url: str, digest: str) -> Optional[Wanted]:
+        """Return what a client wants; None where that had better go to the origin."""
+        headers = caller.request.headers
+        ranged = headers.get("range", "")
+        if caller.request.method != "GET" or caller.has_body or any(name.startswith("if-") for name in headers):
+            return None
+        found = _OPEN_RANGE.match(ranged) if digest else None
+        if ranged and not found:
+            return None  # a look inside: not worth the whole file
+        with self._lock:
+            if digest and self._sizes.get(digest, self._small) < self._small:
+                return None
+        passed = [pair for pair in self._forwarded(headers) if pair[0] not in _OURS]
+        return Wanted(Origin(url, passed, *self._upstream.trust(url), content=digest and "sha256:" + digest), digest, passed,
+                      bool(found), int(found.group(1)) if found else 0)
+
+    # -- who may, and the first bytes -------------------------------------------------
+
+    def _may_open(self, wanted: Wanted) -> bool:
+        """Return whether a blob's first bytes may come straight from its registry, without being as good as all of it."""
+        with self._lock:
+            return bool(wanted.digest) and not wanted.at and Opening.SIZE < self._sizes.get(wanted.digest, MAX_PIECE) // 2 and (
+                urlsplit(wanted.url).netloc not in self._rangeless)
+
+    def _proven(self, caller: Caller, blob: Blob, wanted: Wanted, opened: List[Tuple[Opening, Callable[[], None]]]) -> bool:
+        """Return whether its origin gives the blob to this client, too: what is here came on another one's credentials.  Of a
+        blob that is not here yet it is asked for the first bytes, which become `opened`, with what ends that.
 
         Wire: 16 (2)
         """
-        credentials = origin.credentials()
+        credentials = wanted.origin.credentials()
+
+        def question() -> bool:
+            if blob.begins.is_set() or not self._may_open(wanted) or urlsplit(wanted.url).netloc != urlsplit(blob.url).netloc:
+                return self._ask_whether(caller, blob, wanted.origin, wanted.headers)
+            opened.append(self._open_blob(wanted))
+            return opened[0][0].status in (200, 206, 416)  # 416: an empty one
+
         if blob.may_have(credentials):
             return True
+        good = bool(self._checks.ask((blob.name, credentials), question))
+        if good:
+            blob.prove(credentials)
+        return good
+
+    def _open_blob(self, wanted: Wanted) -> Tuple[Opening, Callable[[], None]]:
+        """Ask a registry for a blob's first bytes; return them, and what to call behind them.  Raises BadGateway."""
+        last, connection, answer = self._ask("GET", wanted.url, wanted.headers + [("range", "bytes=0-%d" % (Opening.SIZE - 1))], None, 0, follow=True)
+        opening = Opening(answer, self._body(last, answer))
+        if answer.status == 200 and (opening.length is None or opening.length > Opening.SIZE):
+            with self._lock:
+                self._rangeless.add(urlsplit(wanted.url).netloc)
+        return opening, functools.partial(self._upstream.done, last, connection, answer)
+
+    def _ask_whether(self, caller: Caller, blob: Blob, origin: Origin, headers: List[Tuple[str, str]]) -> bool:
+        """Return whether an origin says that it would give a blob, and shows that it can if the blob came from another.  Raises DflyError."""
         connection, answer = self._upstream.ask("HEAD", origin.url, headers)
         answer.read()
         self._upstream.done(origin.url, connection, answer)
@@ -10314,41 +10431,71 @@ class Daemon:
         if urlsplit(origin.url).netloc != urlsplit(blob.url).netloc:
             blob.length(caller.gone)  # of a blob that has begun there is something to hold it against
             origin.prove(0, blob.progress()["bytes"] or 0, blob.read_at)
-        blob.prove(credentials)
         return True
 
-    def _send_blob(self, caller: Caller, blob: Blob, url: str, passed: List[Tuple[str, str]]) -> None:
-        """Send a blob as it comes; if that fails in its middle, the rest from `url`.  Raises what keeps it from coming."""
-        length = blob.length(caller.gone)
-        ranged = _OPEN_RANGE.match(caller.request.headers.get("range", ""))
-        at = int(ranged.group(1)) if ranged else 0
-        if ranged and at >= length:
-            raise NoSuchPiece("the file has %d bytes" % length)
-        fd, limit = blob.sendable(at, caller.gone)
-        headers = [("Content-Range", "bytes %d-%d/%d" % (at, length - 1, length))] if ranged else []
-        caller.answer(206 if ranged else 200, "", headers + self._blob_headers(blob), length - at)
+    def _send_from_opening(self, caller: Caller, blob: Blob, wanted: Wanted, opening: Opening) -> None:
+        """Send a blob's first bytes as its registry sends them, and then the blob as it comes.  Raises as `_send_blob`."""
+        length = opening.length
+        assert length is not None
+        if length <= Opening.SIZE:  # it has come, and is no matter for the swarm
+            digest = hashlib.sha256(b"".join(opening.come())).hexdigest()
+            if digest != wanted.digest:
+                raise WrongBytes(blob.name, wanted.digest, digest)
+            self._answer_blob(caller, blob, wanted, length)
+            caller.send(opening.data)
+            return self._count("blob_bytes", length)
+        self._answer_blob(caller, blob, wanted, length)
+        for data in opening.come():
+            caller.send(data)
+        blob.begins.set()
+        self._count("blob_bytes", len(opening.data))
+        return self._send_on(caller, blob, wanted, (-1, len(opening.data), length), opening.data)
+
+    def _answer_blob(self, caller: Caller, blob: Blob, wanted: Wanted, length: int) -> None:
+        """Send the head of the answer that has a blob of `length` bytes from the first wanted one on."""
+        at = wanted.at
+        headers = [("Content-Range", "bytes %d-%d/%d" % (at, length - 1, length))] if wanted.ranged else []
+        caller.answer(206 if wanted.ranged else 200, "", headers + self._blob_headers(blob), length - at)
         self._count("blobs")
+
+    def _send_blob(self, caller: Caller, blob: Blob, wanted: Wanted) -> None:
+        """Send a blob as it comes; if that fails in its middle, the rest from its origin.  Raises what keeps it from coming."""
+        length = blob.length(caller.gone)
+        if wanted.ranged and wanted.at >= length:
+            raise NoSuchPiece("the file has %d bytes" % length)
+        fd, _ = blob.sendable(wanted.at, caller.gone)
+        self._answer_blob(caller, blob, wanted, length)
+        self._send_on(caller, blob, wanted, (fd, wanted.at, length), b"")
+
+    def _send_on(self, caller: Caller, blob: Blob, wanted: Wanted, where: Tuple[int, int, int], head: bytes) -> None:
+        """Send bytes [at, length) of a blob as they come; those before are in `fd`, or are `head`, which came straight from its
+        registry, and nothing else has been sent yet.  Raises as `_send_blob`."""
+        fd, at, length = where
         while at < length:
-            caller.send_file(fd, at, limit)
-            self._count("blob_bytes", limit - at)
-            at = limit
             try:
                 fd, limit = blob.sendable(at, caller.gone)
             except DflyError as error:
-                if caller.gone() or isinstance(error, WrongBytes) or not blob.digest:
+                if caller.gone() or (isinstance(error, WrongBytes) and not head) or not blob.digest:
                     raise
                 self._log.warn("%s: %s; the rest straight from its origin", blob.name, error)
-                return self._send_rest(caller, blob, url, passed, (fd, at, length))
+                return self._send_rest(caller, blob, wanted, (fd, at, length), head)
+            if head and (blob.progress()["length"], blob.read_at(0, len(head))) != (length, head):
+                raise WrongBytes(blob.name, "of one file", "of another for its first bytes, straight from %s" % urlsplit(wanted.url).netloc)
+            head = b""
+            caller.send_file(fd, at, limit)
+            self._count("blob_bytes", limit - at)
+            at = limit
         return None
 
-    def _send_rest(self, caller: Caller, blob: Blob, url: str, passed: List[Tuple[str, str]], where: Tuple[int, int, int]) -> None:
-        """Send what is still missing of a blob, of which bytes [0, at) are in `fd`, straight from its origin; its end only if it is right.
+    def _send_rest(self, caller: Caller, blob: Blob, wanted: Wanted, where: Tuple[int, int, int], head: bytes) -> None:
+        """Send what is still missing of a blob, of which bytes [0, at) are in `fd`, or are `head`, straight from its origin; its end
+        only if it is right.
 
         Raises BadGateway, NetworkError, SourceError, WrongBytes, CannotRead.
         """
         fd, at, length = where
         self._count("fallbacks")
-        digest, done = hashlib.sha256(), 0
+        digest, done = hashlib.sha256(head), len(head)
         while done < at:
             data = os.pread(fd, min(at - done, 1 << 18), done)
             if not data:
@@ -10356,7 +10503,7 @@ class Daemon:
             digest.update(data)
             done += len(data)
         held = b""
-        for data in self._rest(url, passed, at, length, blob.name):
+        for data in self._rest(wanted.url, wanted.headers, at, length, blob.name):
             digest.update(data)
             held += data
             caller.send(held[:-blob.HELD])
@@ -10716,6 +10863,17 @@ class EngineSettings:
     def next_step(self) -> str:
         """Return what the operator does then."""
         return {"docker": "systemctl reload docker", "containerd": "systemctl restart containerd"}.get(self.engine, "")
+
+    def overruled(self) -> List[str]:
+        """Return what containerd follows in the place of `_default`, each for one registry, where that does not name the daemon.  Raises CannotRead."""
+        folder = self._hosts_folder(self._read(os.path.join(self._etc, "containerd", "config.toml"))) if self.engine == "containerd" else ""
+        found = []
+        for name in sorted(os.listdir(folder) if folder and os.path.isdir(folder) else ()):
+            own = os.path.join(folder, name)  # of the registry of that name, also when there is nothing in it
+            hosts = self._read(os.path.join(own, "hosts.toml"))
+            if name != "_default" and os.path.isdir(own) and ('"%s"' % self._url).encode() not in (hosts or b"").replace(b"'", b'"'):
+                found.append(own if hosts is None else os.path.join(own, "hosts.toml"))
+        return found
 
     @staticmethod
     def _read(path: str) -> Optional[bytes]:
@@ -12028,6 +12186,7 @@ def warm_up() -> None:
         import http.client  # noqa: F401
         import urllib.request
         urllib.request.getproxies()
+        "name".encode("idna")  # as each connection does, the first one for a millisecond
         tls_context(False, ())
 
     threading.Thread(target=load, name="dfly-warm-up", daemon=True).start()
@@ -12202,6 +12361,9 @@ def _set_up(options: Any) -> int:
         print("nothing to do: %s" % ("it is there already" if options.install else "nothing of ours is there"))
     elif settings.next_step() and not options.dry_run:
         print("now: %s" % settings.next_step())
+    others = settings.overruled() if options.install else []
+    if others:
+        print("not through the daemon, since containerd prefers a registry's own to _default: %s" % ", ".join(others))
     return 0
 
 

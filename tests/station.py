@@ -47,7 +47,7 @@ Content = NamedTuple("Content", [
     ("tag", Optional[str]),             # the ETag, instead of one that the bytes have made
     ("conditional", bool),              # False: If-None-Match, If-Modified-Since and If-Range are not understood
     ("wrong", Optional[int]),           # the byte at this offset is sent flipped
-    ("once", bool),                     # stall_after, cut_after, status and wrong concern only the first GET
+    ("once", bool),                     # stall_after, cut_after, status and wrong concern only the first GET (and a daemon's look before it)
     ("headers", Tuple[Tuple[str, str], ...]),  # sent in addition
 ])
 
@@ -70,6 +70,7 @@ class Record:
         self.name = path.split("?")[0].lstrip("/")
         self.headers = headers                    # names in lower case
         self.range = headers.get("range")         # as sent, e.g. "bytes=5-"
+        self.opening = self.range == "bytes=0-16383"  # a daemon's look at a blob's first bytes
         self.status = 0
         self.bytes_sent = 0                       # of the body
         self.started = time.monotonic()
@@ -138,8 +139,12 @@ class Origin:
         return [r for r in list(self.log) if r.name == name and r.method == method]
 
     def gets(self, name: str) -> int:
-        """Number of GETs that were answered with body bytes or an error (304 is none)."""
-        return len([r for r in self.requests(name) if r.status != 304])
+        """Number of GETs that were answered with body bytes or an error (304 is none, and no daemon's look at a blob's first bytes)."""
+        return len([r for r in self.requests(name) if r.status != 304]) - self.openings(name)
+
+    def openings(self, name: str) -> int:
+        """How often a daemon has asked for a blob's first 16 KB, and got no more."""
+        return len([r for r in self.requests(name) if r.opening and r.status in (206, 416)])
 
     def bytes_sent(self, name: str) -> int:
         return sum(r.bytes_sent for r in self.requests(name))
@@ -229,7 +234,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         origin = self.server.origin
         record = Record(self.command, self.path, {k.lower(): v for k, v in self.headers.items()})
         what = origin.contents.get(record.name)
-        if what is not None and what.once and record.method == "GET":
+        if what is not None and what.once and record.method == "GET" and not record.opening:
             origin.change(record.name, once=False, **WELL)
         origin.log.append(record)
         try:

@@ -3,9 +3,11 @@ import gzip
 import http.client
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from e2e.test_daemon import base, layer, whole
@@ -27,7 +29,7 @@ def test_a_blob_of_two_registries_is_one_task(world, supernode, host, blob):
     whole(host().daemon(base(one)).ask(first), data)
     whole(host().daemon(base(two)).ask(second), data)
     assert one.gets(first[1:]) == 1
-    assert two.bytes_sent(second[1:]) <= 1 << 14, "it had to show that it has the blob"
+    assert two.bytes_sent(second[1:]) <= 2 << 14, "it had to show that it has the blob, to the host and to the supernode"
     assert node.bytes_sent() < 4 * MB
 
 
@@ -200,7 +202,7 @@ def test_blobs_outlive_their_daemon(origin, supernode, host, blob):
     daemon = here.daemon(base(origin))
     whole(daemon.ask(path), data)
     assert origin.gets(path[1:]) == 1
-    assert len(origin.requests(path[1:], "HEAD")) == 1, "but not without the registry's consent"
+    assert len(origin.requests(path[1:], "HEAD")) == 1 and origin.openings(path[1:]) == 1, "but not without the registry's consent"
     daemon.stop()
     kept = os.path.join(here.home, "dfdaemon", "data", "sha256-" + sha256(data))
     with open(kept, "r+b") as file:
@@ -264,3 +266,70 @@ def test_a_swarm_that_is_too_slow_is_left(origin, supernode, host, blob, flags):
     daemon = host().daemon(base(origin), "--minrate", "1M", "--patience", "2s", *flags)
     whole(daemon.ask(path, timeout=30), data)
     assert node.bytes_sent() < 3 * MB
+
+
+# ---- the first bytes, straight from the registry ------------------------------------------------------------------------------
+
+def first_bytes(daemon, path, count):
+    """Ask for a blob, return the connection once so many bytes of it have come, and those."""
+    s = socket.create_connection(daemon.address, 20)
+    s.sendall(("GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % path).encode())
+    got = b""
+    while len(got.partition(b"\r\n\r\n")[2]) < count:
+        got += s.recv(65536)
+    return s, got.partition(b"\r\n\r\n")[2]
+
+
+def test_the_first_bytes_wait_for_no_supernode(world, origin, host, blob):
+    """One that takes connections and says nothing."""
+    data = blob(6 * MB)
+    path = layer(origin, data)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        daemon = host().daemon(base(origin), node="127.0.0.1:%d" % silent.getsockname()[1])
+        began = time.monotonic()
+        s, got = first_bytes(daemon, path, 16384)
+        assert time.monotonic() - began < 2.0
+    with s:
+        for rest in iter(lambda: s.recv(65536), b""):
+            got += rest
+    assert got == data
+
+
+def test_a_registry_without_ranges_is_asked_for_first_bytes_once(origin, supernode, host, blob):
+    """It sends all that it has, and is hung up on; then it is asked whether, as before."""
+    supernode()
+    daemon = host().daemon(base(origin))
+    for number in (1, 2):
+        data = blob(3 * MB, number)
+        path = layer(origin, data, ranges=False)
+        whole(daemon.ask(path), data)
+        assert len([r for r in origin.requests(path[1:]) if r.opening]) == 2 - number
+        assert len([r for r in origin.requests(path[1:]) if not r.opening]) == 1
+
+
+def test_first_bytes_that_are_cut_off_are_no_end(origin, supernode, host, blob):
+    supernode()
+    data = blob(3 * MB)
+    path = layer(origin, data, cut_after=9000)
+    daemon = host().daemon(base(origin))
+    s, got = first_bytes(daemon, path, 9000)
+    layer(origin, data)
+    with s:
+        for rest in iter(lambda: s.recv(65536), b""):
+            got += rest
+    assert got == data
+
+
+def test_after_the_first_bytes_all_may_come_straight(origin, host, blob, world):
+    """No supernode, and no folder to download into: the first bytes are on their way before anybody knows."""
+    data, here = blob(3 * MB), host()
+    path = layer(origin, data)
+    daemon = here.daemon(base(origin))
+    repo = os.path.join(here.home, "dfdaemon", "data")
+    os.rename(repo, repo + ".gone")
+    with open(repo, "w"):
+        pass
+    whole(daemon.ask(path), data)
+    assert daemon.metric("fallbacks_total") == 1 and [r.range for r in origin.requests(path[1:])] == ["bytes=0-16383", "bytes=16384-"]
+    os.unlink(repo)
+    os.rename(repo + ".gone", repo)

@@ -143,6 +143,21 @@ def test_podman_and_containerd_know_several_registries(etc):
     assert 'prefix = "registry.example"' in text and 'location = "[::1]:7001"' in text and 'location = "[::1]:7001/quay.io"' in text
 
 
+def test_containerd_s_settings_of_single_registries_that_go_before_ours_are_named(etc):
+    etc.put("containerd/certs.d/a.example_5000_/hosts.toml", 'server = "https://a.example:5000"\n')
+    etc.put("containerd/certs.d/b.example/hosts.toml", "[host.'%s']\n" % URL)
+    etc.put("containerd/certs.d/c.example/ca.crt", "")
+    before = etc.files()
+    named = [etc.path("containerd/certs.d/a.example_5000_/hosts.toml"), etc.path("containerd/certs.d/c.example")]
+    for flags in (("--dry-run",), (), ()):  # also when ours is there already
+        assert etc.run("--install", "containerd", *flags).splitlines()[-1].endswith("_default: " + ", ".join(named))
+    assert "_default: " not in etc.run("--uninstall", "containerd") and etc.files() == before
+    etc.put("containerd/config.toml", CRI + '\nconfig_path = "/etc/somewhere"\n')
+    assert "_default: " not in etc.run("--install", "containerd", "--dry-run"), "it does not look there"
+    for engine in ("docker", "podman"):
+        assert "_default: " not in etc.run("--install", engine, "--dry-run")
+
+
 def test_bad_flags_are_one_line(etc):
     for flags in (("--install", "rkt"), ("--install", "docker", "--uninstall", "docker"), ("--install", "docker", "--etc", "relative"),
                   ("--install", "podman", "--mirror", "nonsense")):

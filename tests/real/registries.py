@@ -1,5 +1,6 @@
 """Debian's docker-registry, images to put into it, and what may stand in front of it."""
 import base64
+import collections
 import gzip
 import hashlib
 import http.server
@@ -62,11 +63,16 @@ class Registry(Command):
             return s.connect_ex(("127.0.0.1", self.port)) == 0
 
     def blobs_sent(self, status="20[06]"):
-        """Return {digest: how many times it was sent} from the access log; those parts that prove that it is there have 206."""
-        sent = {}
-        for digest in re.findall(r'"GET /v2/\S+/blobs/sha256:([0-9a-f]{64}) HTTP/1.1" ' + status, self.stdout):
-            sent[digest] = sent.get(digest, 0) + 1
-        return sent
+        """Return {digest: how many times it was sent} from the access log; those parts that prove that it is there have 206, but for
+        daemons' looks at first bytes."""
+        return collections.Counter(digest for digest, count in self._answers(status) if count != "16384")
+
+    def openings(self):
+        """Return {digest: how often a daemon has asked for its first 16 KB} from the access log."""
+        return collections.Counter(digest for digest, count in self._answers("206") if count == "16384")
+
+    def _answers(self, status):
+        return re.findall(r'"GET /v2/\S+/blobs/sha256:([0-9a-f]{64}) HTTP/1.1" (?:%s) (\d+)' % status, self.stdout)
 
 
 class Image:

@@ -53,9 +53,11 @@ def test_each_layer_leaves_the_registry_once_for_three_hosts(world, supernode, h
         assert engine.pull(NAME) == image.id
         assert daemon.metric("blobs_total") == len(image.blobs) and daemon.metric("fallbacks_total") == 0
     assert registry.blobs_sent() == {digest: 1 for digest in image.blobs}
+    assert registry.openings() == {digest: 3 for digest, data in image.blobs.items() if len(data) > 32 << 10}, "each host asks once whether it may have it"
     engine.forget(NAME)
     assert engine.pull(NAME) == image.id, "from its own daemon's disk"
     assert registry.blobs_sent() == {digest: 1 for digest in image.blobs}
+    assert sum(registry.openings().values()) == 6, "which it knows by now"
 
 
 def test_a_large_image_of_many_layers(world, supernode, host, blob, engines):
@@ -191,6 +193,26 @@ def test_a_registry_whose_connections_break_midway(slow, supernode, host, engine
     relay.reset()
     pull.join()
     assert pull.id == image.id
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_disk_that_fills_midway(slow, supernode, host, engines, small_disk, name):
+    """All that the daemon has is on it: its logs and its sockets, too."""
+    _, image, relay = slow
+    supernode()
+    here = host()
+    disk = small_disk(here, 40 * MB)
+    engine, daemon = engines(name, here, relay.url, "--home", os.path.join(disk, "home"))
+    pull = Pull(engine)
+    under_way(daemon, 5 * MB)
+    with open(os.path.join(disk, "other"), "wb", buffering=0) as file, pytest.raises(OSError):
+        while True:
+            file.write(bytes(MB))
+    pull.join()
+    assert pull.id == image.id and daemon.metric("fallbacks_total") >= 1
+    engine.forget(NAME)
+    assert engine.pull(NAME) == image.id, "with no room from the beginning"
+    assert daemon.stop() == 0, "and its uploader with it"
 
 
 def test_a_peer_that_dies_midway(slow, supernode, host, engines):
