@@ -2172,6 +2172,27 @@ def readable(things: List[Any], seconds: float) -> List[Any]:
     return [known[fd] for fd, _ in poll.poll(max(0.0, seconds) * 1000)]
 
 
+class Ending(threading.Event):
+    """What a signal sets.  Its handler runs in the middle of whatever the main thread does, and that may hold an Event's lock just
+    then, in `wait`, where `set` would wait for it for ever: this one has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._read, self._write = os.pipe()
+
+    def set(self) -> None:
+        """It is so, for ever."""
+        os.write(self._write, b"x")
+
+    def is_set(self) -> bool:
+        """Return whether it is."""
+        return bool(readable([self._read], 0.0))
+
+    def wait(self, timeout: Optional[float] = None) -> bool:
+        """Wait until it is, at most `timeout` seconds; return whether."""
+        return bool(readable([self._read], 86400.0 if timeout is None else timeout))
+
+
 def round_trips(sock: socket.socket) -> Tuple[float, float]:
     """Return the shortest round trip in seconds that the kernel has seen on a connection, and its average of late; 0.0 where it
     doesn't say."""
@@ -7307,7 +7328,7 @@ class Uploader:
         self._farewells = []  # type: List[threading.Thread]  # that are telling supernodes
         self.port = 0
         self._public = None  # type: Optional[Server]
-        self.ended = threading.Event()  # time to go
+        self.ended = Ending()  # time to go
 
     def serve(self, public: Server, control: Server) -> None:
         """Begin to answer on the port and on the socket file."""
@@ -12205,7 +12226,7 @@ def many_descriptors() -> None:
 
 def ended_by_signal() -> threading.Event:
     """Return what SIGTERM and SIGINT set."""
-    ended = threading.Event()
+    ended = Ending()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     return ended

@@ -1,6 +1,7 @@
 """Sections 6 and 7: the server and the client on real sockets."""
 import os
 import socket
+import subprocess
 import sys
 import threading
 
@@ -130,3 +131,24 @@ def test_who_has_something_to_say_to_a_server_that_has_stopped_is_not_harmed(ser
     server.post(lambda: None)
     server.notify("key")
     server.stop()
+
+
+SIGNALS = """
+import random, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import dfly
+until = time.monotonic() + 1.5
+while time.monotonic() < until:
+    ended = dfly.Ending()
+    signal.signal(signal.SIGALRM, lambda *_: ended.set())
+    signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0001, 0.0008))
+    while not ended.wait(0.00005):
+        pass
+    assert ended.is_set() and ended.wait()
+    dfly.os.close(ended._read), dfly.os.close(ended._write)
+"""
+
+
+def test_a_signal_ends_a_wait_wherever_it_meets_it():
+    """With an Event a handler that met the main thread between two waits waited for it for ever."""
+    subprocess.run([sys.executable, "-c", SIGNALS, os.path.dirname(os.path.abspath(dfly.__file__))], check=True, timeout=20)
