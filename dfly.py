@@ -4490,9 +4490,13 @@ class Scheduler:
     def _others_wait(self, peer: _Peer, holder: _Peer, now: float) -> bool:
         """Return whether another partner of `holder` has waited for long: holders that always go on with the same receivers
         leave some with two fetches where others have three, and those end a fifth later."""
-        limit = now - self.PATIENCE * peer.task.duration
-        return any(other.hungry_since < limit and len(other.flights) <= len(peer.flights) and bool(self._allowed(other, holder, now))
-                   for other in self._partners(peer.task.swarm.hungry, holder.host))
+        task, limit = peer.task, now - self.PATIENCE * peer.task.duration
+        for host in holder.host.partners:
+            for other in host.peers:
+                if (other.hungry and other.hungry_since < limit and other.task is task and len(other.flights) <= len(peer.flights)
+                        and self._allowed(other, holder, now)):
+                    return True
+        return False
 
     def _rotated(self, peers: List[_Peer]) -> List[_Peer]:
         """Return the peers of one host beginning anywhere, so that its tasks get even shares of its slots."""
@@ -4637,17 +4641,13 @@ class Scheduler:
         return (sum(1 for near in host.partners.values() if near == common) < self.PARTNERS
                 and sum(1 for near in other.partners.values() if near == common) < 1.5 * self.PARTNERS)
 
-    @staticmethod
-    def _partners(sample: _Sample, host: _Host) -> List[_Peer]:
-        """Return those of a set of peers that are on hosts which `host` has met."""
-        return [peer for other in host.partners for peer in other.peers if peer in sample]
-
     def _candidates(self, sample: _Sample, host: _Host) -> List[_Peer]:
         """Return peers of a set, all if they are few, else those that `host` has met and some others: of a thousand that wait
         twelve would hardly be among its partners."""
         if len(sample) <= self.SAMPLE:
             return sample.draw(self.SAMPLE, self._rng)
-        return self._partners(sample, host) + [peer for peer in sample.draw(self.SAMPLE, self._rng) if peer.host not in host.partners]
+        met = [peer for other in host.partners for peer in other.peers if peer in sample]
+        return met + [peer for peer in sample.draw(self.SAMPLE, self._rng) if peer.host not in host.partners]
 
     @staticmethod
     def _part(host: _Host) -> None:

@@ -203,18 +203,18 @@ def kill(lab, host):
 
 
 def race(lab, a, work, url, one):
-    """Start all peers, wait for them; return the seconds each took, those that failed, those that never ended, and the start's cost."""
-    t0, running, ended, failed = time.time(), {}, {}, []
-    for i in range(a.peers):
-        if a.stagger and i:
-            time.sleep(max(0, t0 + i * a.stagger - time.time()))
-        argv, env = peer_argv(a, i, lab, work, url)
-        running[i] = lab.spawn(f"p{i}", argv, log=f"{work}/p{i}/log", env=env)
-    started, doomed = time.time() - t0, list(range(1, 1 + a.kill))
-    while running and time.time() - t0 < a.limit:
+    """Start all peers, wait for them; return when each began and when it ended (seconds), those that failed, those that never ended."""
+    t0, began, running, ended, failed = time.time(), {}, {}, {}, []
+    doomed = list(range(1, 1 + a.kill))
+    while (running or len(began) < a.peers) and time.time() - t0 < a.limit:
+        while len(began) < a.peers and time.time() - t0 >= len(began) * a.stagger:
+            i = len(began)
+            argv, env = peer_argv(a, i, lab, work, url)
+            began[i] = time.time() - t0
+            running[i] = lab.spawn(f"p{i}", argv, log=f"{work}/p{i}/log", env=env)
         while doomed and time.time() - t0 > one / 3:
             kill(lab, f"p{doomed[0]}")
-            del running[doomed.pop(0)]
+            running.pop(doomed.pop(0), None)
         for i, process in list(running.items()):
             end = ended_at(a, i, process, work)
             if end is not None:
@@ -223,7 +223,7 @@ def race(lab, a, work, url, one):
                     failed.append((i, process.poll()))
                 del running[i]
         time.sleep(0.02)
-    return sorted(ended.values()), failed, sorted(running), started
+    return began, ended, failed, sorted(running)
 
 
 def isolations(a):
@@ -247,16 +247,18 @@ def measure(lab, a, work, src):
     if a.system == "aria2":
         start_aria2(lab, work, src)
     racks, sent, worked = lab.into_racks(), tx_bytes("origin"), busy()
-    times, failed, unfinished, started = race(lab, a, work, url, one)
+    began, ended, failed, unfinished = race(lab, a, work, url, one)
+    times, own = sorted(ended.values()), sorted(ended[i] - began[i] for i in ended)
     worked, sent, racks = busy() - worked, tx_bytes("origin") - sent, lab.into_racks() - racks
     want = digest(src)
     wrong = [i for i in range(a.peers) if not 0 < i <= a.kill and not os.path.exists(f"{work}/p{i}/out") or os.path.exists(f"{work}/p{i}/out") and digest(f"{work}/p{i}/out") != want]
     return {"system": a.system, "peers": a.peers, "size_mb": a.size, "rate_mbit": a.rate, "one_copy_s": round(one, 2),
             "makespan_s": round(times[-1], 2) if times else None, "median_s": round(times[len(times) // 2], 2) if times else None,
             "first_s": round(times[0], 2) if times else None, "ratio": round(times[-1] / one, 3) if times else None,
+            "worst_own": round(own[-1] / one, 3) if own else None,
             "origin_copies": round(sent / megabytes, 2), "super_copies": round(tx_bytes("super") / megabytes, 2),
             "rack_copies": round(racks / megabytes / a.racks, 2) if a.racks else None, "cpu_s": round(worked, 1),
-            "isolations": isolations(a), "spawn_s": round(started, 2), "unfinished": unfinished, "failed": failed, "wrong_bytes": wrong}
+            "isolations": isolations(a), "spawn_s": round(max(began.values()), 2), "unfinished": unfinished, "failed": failed, "wrong_bytes": wrong}
 
 
 def main():
