@@ -3567,11 +3567,12 @@ class Origin:
 class OriginReply:
     """An origin's answer: what file it is, where in our file its body begins, and the body."""
 
-    HEAP = 1 << 16  # bytes that wake who pours it into a file
+    HEAP = 1 << 16  # bytes that wake who pours it into a file, where they come fast
 
     def __init__(self, origin: Origin, response: Any, start: int, ranged: bool) -> None:
         self._origin, self._response = origin, response
-        self._straight = False  # nothing of the body is elsewhere than in the socket
+        self._socket = None  # type: Optional[socket.socket]  # once nothing of the body is elsewhere
+        self._brisk = False  # the last bytes that were poured came in no time
         self.headers = headers = response.headers
         self.status = response.code
         self.etag = headers.get("ETag", "")
@@ -3608,18 +3609,23 @@ class OriginReply:
 
     def read_into(self, view: Any) -> int:
         """Fill as much of `view` as comes; return the count, 0 at the end.  Raises SourceError."""
-        return self._read(self._response.readinto, view)
+        return self._read(self._read_straight if self._socket else self._response.readinto, view)
 
-    def _read(self, readinto: Callable[[Any], Optional[int]], view: Any) -> int:
+    def _read(self, readinto: Callable[[Any], int], view: Any) -> int:
         import http.client
         try:
-            count = readinto(view)
-        except socket.timeout:
-            count = None
+            return readinto(view)
+        except (BlockingIOError, socket.timeout):
+            raise self._silent()
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise SourceError("%s: %s" % (self._origin.url, getattr(error, "strerror", None) or error or type(error).__name__))
-        if count is None:  # this is how a blocking socket with a time limit says so
-            raise self._silent()
+
+    def _read_straight(self, view: Any) -> int:
+        """Read past Python's own buffer, since what goes into that is lost to who pours next."""
+        assert self._socket
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)  # who poured may have wished for more than is left
+        count = self._socket.recv_into(view[:self._response.length])
+        self._response.length -= count
         return count
 
     def _silent(self) -> SourceError:
@@ -3638,21 +3644,26 @@ class OriginReply:
         count = min(count, response.length or 0)
         if not count:
             return 0, None
-        if not self._straight:
-            view = funnel.buffer[:count]
-            done = self._read(response.fp.readinto1, view)
-            self._straight = done < len(view) or len(view) > io.DEFAULT_BUFFER_SIZE
-            if self._straight:
-                limit_silence(raw, self._origin.timeout_s)
-            response.length -= done
-            return funnel.put(fd, offset, done)
-        done, fault, wrong = funnel.splice(raw, fd, offset, count, self.HEAP)
+        if not self._socket:
+            return funnel.put(fd, offset, self._read_ahead(raw, funnel.buffer[:count]))
+        began = time.monotonic()
+        done, fault, wrong = funnel.splice(raw, fd, offset, count, self.HEAP if self._brisk else 1)
+        self._brisk = time.monotonic() - began < 0.3
         response.length -= done
         if not (done or wrong or funnel.splices):
             return self.pour(funnel, fd, offset, count)
         if fault and not done and not wrong:
             raise self._silent() if fault == errno.EAGAIN else SourceError("%s: %s" % (self._origin.url, os.strerror(fault)))
         return done, wrong
+
+    def _read_ahead(self, raw: socket.socket, view: Any) -> int:
+        """Read what Python has read ahead, and see whether that was all of it."""
+        count = self._read(self._response.fp.readinto1, view)
+        self._response.length -= count
+        if count < len(view) or len(view) > io.DEFAULT_BUFFER_SIZE:
+            limit_silence(raw, self._origin.timeout_s)
+            self._socket = raw
+        return count
 
     def close(self) -> None:
         """Hang up."""
