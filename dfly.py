@@ -831,12 +831,13 @@ def nums_of(mask: int) -> List[int]:
 
 
 def splice_all(sock: socket.socket, pipe: Tuple[int, int], fd: int, offset: int, count: int, heap: int, behind: int) -> Tuple[int, int, int, int]:
-    """Move `count` bytes, as far as they come, from a blocking socket by a pipe into a file, from `offset` on.
+    """Move `count` bytes, as far as they come within a second or so, from a blocking socket by a pipe into a file, from `offset` on.
 
     With a `heap` we are woken only for so many bytes; at least `behind` more will follow.  Returns how many left the socket and how
     many are in the file (the rest is in the pipe), and the errno that ended it at the socket and at the file, 0 for none.
     """
     got = put = lowat = 0
+    end_s = time.monotonic() + SPLICE_S
     while got < count:
         try:
             if heap and lowat != min(heap, count - got + behind):
@@ -846,18 +847,19 @@ def splice_all(sock: socket.socket, pipe: Tuple[int, int], fd: int, offset: int,
             fault = 0 if moved else -1
         except OSError as error:
             moved, fault = 0, 0 if error.errno == errno.EAGAIN and put < got else error.errno or errno.EIO  # a pipe may be full
-        got += moved
+        got, late = got + moved, time.monotonic() >= end_s
         try:
-            while put < got and (fault or not moved or got == count or got - put >= SPLICE_BYTES):
+            while put < got and (fault or late or not moved or got == count or got - put >= SPLICE_BYTES):
                 put += os.splice(pipe[0], fd, got - put, offset_dst=offset + put)  # type: ignore[attr-defined]
         except OSError as error:
             return got, put, 0, error.errno or errno.EIO
-        if fault:
+        if fault or late:
             return got, put, max(0, fault), 0
     return got, put, 0, 0
 
 
 SPLICE_BYTES = 1 << 17  # that are in a pipe before they move on into the file
+SPLICE_S = 1.0  # that one call goes on: whoever asks wants to see that something moves, and how fast
 LANES = ""  # how wide the vectors of the accelerator are; "" without it
 WORTH = {}  # type: Dict[str, int]  # from how many messages on it is faster than hashlib, by kind of digest
 try:
