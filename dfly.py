@@ -8000,14 +8000,14 @@ class Fetchers:
         offset, left = order.num * self._store.layout.stride, self._length_of(order)
         waited, came = 0.0, 0  # seconds spent on reading, and bytes read, since its pace was last looked at
         while left:
-            if self._stopping or self._store.have >> order.num & 1:
-                raise _Superseded("piece %d is here already, or the download ends" % order.num)
             behind = (0 if order.plain else 1) + left if not reply.stream else reply.left or 0
             most = self._bucket.chunk(min(left, self._watch_pace(order, link, reply, behind)))
             self._bucket.take(0)
             asked, before = time.monotonic(), reply.taken
             with claim.writing:
                 claim.check(order)
+                if self._stopping or self._store.have >> order.num & 1:
+                    raise _Superseded("piece %d is here already, or the download ends" % order.num)
                 count = self._store.pour(reply, funnel, offset, most)
             taken = self._book(reply, before)
             if not count and not taken:
@@ -8099,9 +8099,9 @@ class _Claim:
     def take(self, order: Order, link: HttpLink) -> None:
         """Be the newest; hang up on the one before, who else waits for bytes with the place in his hands."""
         with self._lock:
-            if self._link:
-                self._link.interrupt()
-            self._order, self._link = order, link
+            before, self._order, self._link = self._link, order, link  # first: he looks whose it is as soon as he is woken
+            if before:
+                before.interrupt()
 
     def leave(self, order: Order) -> None:
         """The fetch of `order` reads no more from its connection."""
