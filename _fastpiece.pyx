@@ -520,7 +520,7 @@ def digest_many(str kind, list messages, str lanes=""):
             if isinstance(data, tuple):
                 laid[i].fd, laid[i].offset, laid[i].count = data
                 if laid[i].fd < 0 or laid[i].offset < 0:
-                    raise ValueError("no place in a file: %r" % (data,))
+                    raise OSError(EBADF if laid[i].fd < 0 else EINVAL, "no place in a file: %r" % (data,))
                 if not chunks:
                     chunks = <uint8_t *>malloc(MOST * CHUNK * 64)
                     if not chunks:

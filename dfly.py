@@ -1022,7 +1022,7 @@ class Batcher:
             with self._turn:
                 if mine[1] is None:
                     self._take([self._waiting.popleft() for _ in range(min(len(self._waiting), self.MOST))])
-        if isinstance(mine[1], OSError):
+        if isinstance(mine[1], Exception):
             raise mine[1]
         return mine[1]
 
@@ -1030,7 +1030,7 @@ class Batcher:
     def _take(batch: List[List[Any]]) -> None:
         try:
             found = digest_many("sha256", [one[0] for one in batch])  # type: List[Any]
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 whoever is left without an answer waits for ever
             if len(batch) == 1:
                 batch[0][1] = error
                 return
