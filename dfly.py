@@ -864,7 +864,8 @@ LANES = ""  # how wide the vectors of the accelerator are; "" without it
 WORTH = {}  # type: Dict[str, int]  # from how many messages on it is faster than hashlib, by kind of digest
 try:
     if not os.environ.get("DFLY_NO_FASTPIECE"):
-        from _fastpiece import LANES, WORTH, digest_many as digest_lanes, nums_of, splice_all  # type: ignore[no-redef] # noqa: F401, F811
+        import _fastpiece as fast  # type: ignore[import-not-found]
+        LANES, WORTH, digest_lanes, nums_of, splice_all = fast.LANES, fast.WORTH, fast.digest_many, fast.nums_of, fast.splice_all  # all, or none
 except ModuleNotFoundError:  # not built
     pass
 except Exception as error:  # noqa: BLE001 a build of another Python, or of another version of us: whatever is wrong with it, we can do without
@@ -928,10 +929,10 @@ class Funnel:
             self._lay_pipe()
 
     def _lay_pipe(self) -> None:
-        self._pipe = os.pipe()
         try:
+            self._pipe = os.pipe()
             fcntl.fcntl(self._pipe[1], 1031, self.PIPE_BYTES)  # F_SETPIPE_SZ; else a network's small segments fill it soon
-        except OSError:  # this user has too many
+        except OSError:  # this process has too many files, or this user too many pipes
             pass
 
     @property

@@ -136,9 +136,10 @@ def test_a_broken_build_is_left_out_with_one_warning(tmp_path, content, warned):
     assert len(done.stderr.splitlines()) == warned and (b"_fastpiece" in done.stderr) == warned
 
 
-def test_an_older_build_is_left_out_too(tmp_path):
+@pytest.mark.parametrize("names", ["nums_of", "LANES = WORTH = digest_many = nums_of"])
+def test_an_older_build_is_left_out_too(tmp_path, names):
     shutil.copy(os.path.join(ROOT, "dfly.py"), str(tmp_path))
-    (tmp_path / "_fastpiece.py").write_text("def nums_of(mask):\n    return []\n")
+    (tmp_path / "_fastpiece.py").write_text(names + " = 'old'\n")
     done = version_of(tmp_path)
     assert b"without _fastpiece" in done.stdout and len(done.stderr.splitlines()) == 1
 
