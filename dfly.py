@@ -8078,9 +8078,11 @@ class Fetchers:
         return claim
 
     def _commit(self, order: Order, claim: "_Claim", seal: Seal) -> bool:
+        """Declare a piece right; return whether it was not yet.  Raises _Superseded where it may be another's by now, and wrong."""
         with claim.writing:
-            if not claim.held_by(order) or self._store.have >> order.num & 1:
+            if self._store.have >> order.num & 1:
                 return False
+            claim.check(order)
             self._store.seal_piece(order.num, seal, reread=True)
             return True
 
@@ -8110,12 +8112,8 @@ class _Claim:
             if self._order is order:
                 self._link = None
 
-    def held_by(self, order: Order) -> bool:
-        """Return whether the fetch of `order` is the newest."""
-        return self._order is order
-
     def check(self, order: Order) -> None:
-        """Raise _Superseded unless it is."""
+        """Raise _Superseded unless the fetch of `order` is the newest."""
         if self._order is not order:
             raise _Superseded("piece %d is fetched from elsewhere" % order.num)
 

@@ -138,6 +138,37 @@ def test_who_drips_does_not_keep_a_thread_for_long(fetchers):
     drip.close()
 
 
+def wait_until_newest(fetchers, order, limit_s=5.0):
+    """Wait until the fetch of `order` is the newest of its piece."""
+    end = time.monotonic() + limit_s
+    while fetchers._claims[order.num]._order is not order and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_a_piece_that_another_takes_over_before_it_is_declared_right_is_not_said_to_be_here(fetchers):
+    right, wrong, store = Peer(FRAMED), Peer(b"\xff" * len(FRAMED)), fetchers.store
+    digesting, go_on, digest = threading.Event(), threading.Event(), store.digest
+
+    def slow(*args):
+        found = digest(*args)
+        if not digesting.is_set():
+            digesting.set()
+            go_on.wait(10)
+        return found
+    store.digest = slow
+    fetchers.put(right.order())
+    assert digesting.wait(5)
+    order = wrong.order()
+    fetchers.put(order)
+    wait_until_newest(fetchers, order)
+    go_on.set()
+    found = {one.order.port: one.error for one in (outcome(fetchers), outcome(fetchers))}
+    assert isinstance(found[wrong.port], dfly.WrongBytes) and not store.have
+    assert isinstance(found[right.port], dfly._Superseded), "the supernode would never hand it out again"
+    right.close()
+    wrong.close()
+
+
 def test_nobody_writes_over_a_piece_that_is_declared_right_just_now(fetchers):
     right, wrong, store = Peer(FRAMED), Peer(b"\xff" * len(FRAMED)), fetchers.store
     sealing, go_on, seal_piece = threading.Event(), threading.Event(), store.seal_piece
@@ -151,9 +182,7 @@ def test_nobody_writes_over_a_piece_that_is_declared_right_just_now(fetchers):
     assert sealing.wait(5)
     order = wrong.order()
     fetchers.put(order)
-    limit = time.monotonic() + 5
-    while not fetchers._claims[0].held_by(order) and time.monotonic() < limit:
-        time.sleep(0.01)
+    wait_until_newest(fetchers, order)
     time.sleep(0.1)  # it would write now
     go_on.set()
     found = {one.order.port: one.error for one in (outcome(fetchers), outcome(fetchers))}
