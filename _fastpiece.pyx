@@ -11,6 +11,8 @@ import hashlib
 import os
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EBADF, EINTR, EINVAL
 from libc.stdint cimport uint8_t
 from libc.stdlib cimport calloc, free, malloc
 from posix.types cimport off_t
@@ -23,6 +25,7 @@ cdef extern from *:
     #include <stdlib.h>
     #include <string.h>
     #include <sys/socket.h>
+    #include <time.h>
     #include <unistd.h>
 
     /* ---- vectors ----------------------------------------------------------------
@@ -392,7 +395,14 @@ cdef extern from *:
 
     #ifdef SPLICE_F_NONBLOCK
     #define FULL (128 << 10)  /* bytes that are in the pipe before they move on */
+    #define LONGEST_S 1.0     /* one call goes on: whoever asks wants to see that something moves, and how fast */
     typedef struct { size_t got, put; int fault, file_fault; } moved;
+
+    static double now_s(void) {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    }
 
     static int drain(moved *m, int from, int fd, off_t offset) {
         while (m->put < m->got) {
@@ -407,8 +417,10 @@ cdef extern from *:
     static moved splice_all(int sock, int from, int into, int fd, off_t offset, size_t count, size_t heap, size_t behind) {
         moved m = {0, 0, 0, 0};
         int lowat = 0;
+        double end_s = now_s() + LONGEST_S;
         while (m.got < count) {
             ssize_t n;
+            int late;
             size_t wish = count - m.got + behind;
             if (wish > heap) wish = heap;
             if (heap && lowat != (int)wish) {
@@ -416,11 +428,11 @@ cdef extern from *:
                 if (setsockopt(sock, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof lowat)) m.fault = errno;
             }
             n = m.fault ? 0 : splice(sock, NULL, into, NULL, count - m.got, SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
-            if (n > 0) m.got += (size_t)n;
-            if (n > 0 && m.got < count && m.got - m.put < FULL) continue;
-            if (n < 0 && errno == EINTR) continue;
             if (n < 0 && !(errno == EAGAIN && m.put < m.got)) m.fault = errno;  /* else the pipe is full */
-            if (!drain(&m, from, fd, offset) || !n || m.fault) return m;
+            late = now_s() >= end_s;
+            if (n > 0) m.got += (size_t)n;
+            if (n > 0 && m.got < count && m.got - m.put < FULL && !late) continue;
+            if (!drain(&m, from, fd, offset) || n == 0 || m.fault || late) return m;
         }
         return m;
     }
@@ -508,7 +520,7 @@ def digest_many(str kind, list messages, str lanes=""):
             if isinstance(data, tuple):
                 laid[i].fd, laid[i].offset, laid[i].count = data
                 if laid[i].fd < 0 or laid[i].offset < 0:
-                    raise ValueError("no place in a file: %r" % (data,))
+                    raise OSError(EBADF if laid[i].fd < 0 else EINVAL, "no place in a file: %r" % (data,))
                 if not chunks:
                     chunks = <uint8_t *>malloc(MOST * CHUNK * 64)
                     if not chunks:
@@ -534,16 +546,21 @@ def digest_many(str kind, list messages, str lanes=""):
 
 
 def splice_all(sock, tuple pipe, int fd, off_t offset, size_t count, size_t heap, size_t behind):
-    """Move `count` bytes, as far as they come, from a blocking socket by a pipe into a file, from `offset` on.
+    """Move `count` bytes, as far as they come within a second or so, from a blocking socket by a pipe into a file, from `offset` on.
 
     With a `heap` we are woken only for so many bytes; at least `behind` more will follow.  Returns how many left the socket and how
     many are in the file (the rest is in the pipe), and the errno that ended it at the socket and at the file, 0 for none.
     """
     cdef int source = sock.fileno(), reader = pipe[0], writer = pipe[1]
+    cdef size_t done = 0
     cdef moved found
-    with nogil:
-        found = c_splice_all(source, reader, writer, fd, offset, count, heap, behind)
-    return found.got, found.put, found.fault, found.file_fault
+    while True:
+        with nogil:
+            found = c_splice_all(source, reader, writer, fd, offset + <off_t>done, count - done, heap, behind)
+        if found.fault != EINTR or found.file_fault:
+            return done + found.got, done + found.put, found.fault, found.file_fault
+        done += found.put
+        PyErr_CheckSignals()
 
 
 def nums_of(mask):

@@ -831,12 +831,13 @@ def nums_of(mask: int) -> List[int]:
 
 
 def splice_all(sock: socket.socket, pipe: Tuple[int, int], fd: int, offset: int, count: int, heap: int, behind: int) -> Tuple[int, int, int, int]:
-    """Move `count` bytes, as far as they come, from a blocking socket by a pipe into a file, from `offset` on.
+    """Move `count` bytes, as far as they come within a second or so, from a blocking socket by a pipe into a file, from `offset` on.
 
     With a `heap` we are woken only for so many bytes; at least `behind` more will follow.  Returns how many left the socket and how
     many are in the file (the rest is in the pipe), and the errno that ended it at the socket and at the file, 0 for none.
     """
     got = put = lowat = 0
+    end_s = time.monotonic() + SPLICE_S
     while got < count:
         try:
             if heap and lowat != min(heap, count - got + behind):
@@ -846,23 +847,25 @@ def splice_all(sock: socket.socket, pipe: Tuple[int, int], fd: int, offset: int,
             fault = 0 if moved else -1
         except OSError as error:
             moved, fault = 0, 0 if error.errno == errno.EAGAIN and put < got else error.errno or errno.EIO  # a pipe may be full
-        got += moved
+        got, late = got + moved, time.monotonic() >= end_s
         try:
-            while put < got and (fault or not moved or got == count or got - put >= SPLICE_BYTES):
+            while put < got and (fault or late or not moved or got == count or got - put >= SPLICE_BYTES):
                 put += os.splice(pipe[0], fd, got - put, offset_dst=offset + put)  # type: ignore[attr-defined]
         except OSError as error:
             return got, put, 0, error.errno or errno.EIO
-        if fault:
+        if fault or late:
             return got, put, max(0, fault), 0
     return got, put, 0, 0
 
 
 SPLICE_BYTES = 1 << 17  # that are in a pipe before they move on into the file
+SPLICE_S = 1.0  # that one call goes on: whoever asks wants to see that something moves, and how fast
 LANES = ""  # how wide the vectors of the accelerator are; "" without it
 WORTH = {}  # type: Dict[str, int]  # from how many messages on it is faster than hashlib, by kind of digest
 try:
     if not os.environ.get("DFLY_NO_FASTPIECE"):
-        from _fastpiece import LANES, WORTH, digest_many as digest_lanes, nums_of, splice_all  # type: ignore[no-redef] # noqa: F401, F811
+        import _fastpiece as fast  # type: ignore[import-not-found]
+        LANES, WORTH, digest_lanes, nums_of, splice_all = fast.LANES, fast.WORTH, fast.digest_many, fast.nums_of, fast.splice_all  # all, or none
 except ModuleNotFoundError:  # not built
     pass
 except Exception as error:  # noqa: BLE001 a build of another Python, or of another version of us: whatever is wrong with it, we can do without
@@ -926,10 +929,10 @@ class Funnel:
             self._lay_pipe()
 
     def _lay_pipe(self) -> None:
-        self._pipe = os.pipe()
         try:
+            self._pipe = os.pipe()
             fcntl.fcntl(self._pipe[1], 1031, self.PIPE_BYTES)  # F_SETPIPE_SZ; else a network's small segments fill it soon
-        except OSError:  # this user has too many
+        except OSError:  # this process has too many files, or this user too many pipes
             pass
 
     @property
@@ -1020,7 +1023,7 @@ class Batcher:
             with self._turn:
                 if mine[1] is None:
                     self._take([self._waiting.popleft() for _ in range(min(len(self._waiting), self.MOST))])
-        if isinstance(mine[1], OSError):
+        if isinstance(mine[1], Exception):
             raise mine[1]
         return mine[1]
 
@@ -1028,7 +1031,7 @@ class Batcher:
     def _take(batch: List[List[Any]]) -> None:
         try:
             found = digest_many("sha256", [one[0] for one in batch])  # type: List[Any]
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 whoever is left without an answer waits for ever
             if len(batch) == 1:
                 batch[0][1] = error
                 return
@@ -3589,11 +3592,12 @@ class Origin:
 class OriginReply:
     """An origin's answer: what file it is, where in our file its body begins, and the body."""
 
-    HEAP = 1 << 16  # bytes that wake who pours it into a file
+    HEAP = 1 << 16  # bytes that wake who pours it into a file, where they come fast
 
     def __init__(self, origin: Origin, response: Any, start: int, ranged: bool) -> None:
         self._origin, self._response = origin, response
-        self._straight = False  # nothing of the body is elsewhere than in the socket
+        self._socket = None  # type: Optional[socket.socket]  # once nothing of the body is elsewhere
+        self._brisk = False  # the last bytes that were poured came in no time
         self.headers = headers = response.headers
         self.status = response.code
         self.etag = headers.get("ETag", "")
@@ -3630,18 +3634,23 @@ class OriginReply:
 
     def read_into(self, view: Any) -> int:
         """Fill as much of `view` as comes; return the count, 0 at the end.  Raises SourceError."""
-        return self._read(self._response.readinto, view)
+        return self._read(self._read_straight if self._socket else self._response.readinto, view)
 
-    def _read(self, readinto: Callable[[Any], Optional[int]], view: Any) -> int:
+    def _read(self, readinto: Callable[[Any], int], view: Any) -> int:
         import http.client
         try:
-            count = readinto(view)
-        except socket.timeout:
-            count = None
+            return readinto(view)
+        except (BlockingIOError, socket.timeout):
+            raise self._silent()
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise SourceError("%s: %s" % (self._origin.url, getattr(error, "strerror", None) or error or type(error).__name__))
-        if count is None:  # this is how a blocking socket with a time limit says so
-            raise self._silent()
+
+    def _read_straight(self, view: Any) -> int:
+        """Read past Python's own buffer, since what goes into that is lost to who pours next."""
+        assert self._socket
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)  # who poured may have wished for more than is left
+        count = self._socket.recv_into(view[:self._response.length])
+        self._response.length -= count
         return count
 
     def _silent(self) -> SourceError:
@@ -3660,21 +3669,26 @@ class OriginReply:
         count = min(count, response.length or 0)
         if not count:
             return 0, None
-        if not self._straight:
-            view = funnel.buffer[:count]
-            done = self._read(response.fp.readinto1, view)
-            self._straight = done < len(view) or len(view) > io.DEFAULT_BUFFER_SIZE
-            if self._straight:
-                limit_silence(raw, self._origin.timeout_s)
-            response.length -= done
-            return funnel.put(fd, offset, done)
-        done, fault, wrong = funnel.splice(raw, fd, offset, count, self.HEAP)
+        if not self._socket:
+            return funnel.put(fd, offset, self._read_ahead(raw, funnel.buffer[:count]))
+        began = time.monotonic()
+        done, fault, wrong = funnel.splice(raw, fd, offset, count, self.HEAP if self._brisk else 1)
+        self._brisk = time.monotonic() - began < 0.3
         response.length -= done
         if not (done or wrong or funnel.splices):
             return self.pour(funnel, fd, offset, count)
         if fault and not done and not wrong:
             raise self._silent() if fault == errno.EAGAIN else SourceError("%s: %s" % (self._origin.url, os.strerror(fault)))
         return done, wrong
+
+    def _read_ahead(self, raw: socket.socket, view: Any) -> int:
+        """Read what Python has read ahead, and see whether that was all of it."""
+        count = self._read(self._response.fp.readinto1, view)
+        self._response.length -= count
+        if count < len(view) or len(view) > io.DEFAULT_BUFFER_SIZE:
+            limit_silence(raw, self._origin.timeout_s)
+            self._socket = raw
+        return count
 
     def close(self) -> None:
         """Hang up."""
@@ -8045,14 +8059,14 @@ class Fetchers:
         offset, left = order.num * self._store.layout.stride, self._length_of(order)
         waited, came = 0.0, 0  # seconds spent on reading, and bytes read, since its pace was last looked at
         while left:
-            if self._stopping or self._store.have >> order.num & 1:
-                raise _Superseded("piece %d is here already, or the download ends" % order.num)
             behind = (0 if order.plain else 1) + left if not reply.stream else reply.left or 0
             most = self._bucket.chunk(min(left, self._watch_pace(order, link, reply, behind)))
             self._bucket.take(0)
             asked, before = time.monotonic(), reply.taken
             with claim.writing:
                 claim.check(order)
+                if self._stopping or self._store.have >> order.num & 1:
+                    raise _Superseded("piece %d is here already, or the download ends" % order.num)
                 count = self._store.pour(reply, funnel, offset, most)
             taken = self._book(reply, before)
             if not count and not taken:
@@ -8122,9 +8136,11 @@ class Fetchers:
         return claim
 
     def _commit(self, order: Order, claim: "_Claim", seal: Seal) -> bool:
+        """Declare a piece right; return whether it was not yet.  Raises _Superseded where it may be another's by now, and wrong."""
         with claim.writing:
-            if not claim.held_by(order) or self._store.have >> order.num & 1:
+            if self._store.have >> order.num & 1:
                 return False
+            claim.check(order)
             self._store.seal_piece(order.num, seal, reread=True)
             return True
 
@@ -8144,9 +8160,9 @@ class _Claim:
     def take(self, order: Order, link: HttpLink) -> None:
         """Be the newest; hang up on the one before, who else waits for bytes with the place in his hands."""
         with self._lock:
-            if self._link:
-                self._link.interrupt()
-            self._order, self._link = order, link
+            before, self._order, self._link = self._link, order, link  # first: he looks whose it is as soon as he is woken
+            if before:
+                before.interrupt()
 
     def leave(self, order: Order) -> None:
         """The fetch of `order` reads no more from its connection."""
@@ -8154,12 +8170,8 @@ class _Claim:
             if self._order is order:
                 self._link = None
 
-    def held_by(self, order: Order) -> bool:
-        """Return whether the fetch of `order` is the newest."""
-        return self._order is order
-
     def check(self, order: Order) -> None:
-        """Raise _Superseded unless it is."""
+        """Raise _Superseded unless the fetch of `order` is the newest."""
         if self._order is not order:
             raise _Superseded("piece %d is fetched from elsewhere" % order.num)
 

@@ -17,9 +17,11 @@ HEAD = b"HTTP/1.1 206 Partial Content\r\nContent-Length: %d\r\n\r\n" % len(FRAME
 
 
 class Peer:
-    """A peer that answers one request with `first`, and with `second` when it is told to go on; then it hangs up."""
+    """A peer that answers one request with `first`, and with `second` when it is told to go on; then it hangs up.  One that drips
+    sends `first` 100 bytes at a time instead, two times a second."""
 
-    def __init__(self, first, second=b""):
+    def __init__(self, first, second=b"", drips=False):
+        self._drips = drips
         self._listener = socket.socket()
         self._listener.bind(("127.0.0.1", 0))
         self._listener.listen(5)
@@ -32,8 +34,10 @@ class Peer:
         line = self._listener.accept()[0]
         with line:
             line.recv(4096)
-            line.sendall(HEAD + first)
+            line.sendall(HEAD + (b"" if self._drips else first))
             self.asked.set()
+            if self._drips:
+                self._drip(line, first)
             if second:
                 watcher = threading.Thread(target=self._watch, args=(line,), daemon=True)
                 watcher.start()
@@ -43,6 +47,15 @@ class Peer:
                 except OSError:
                     pass
                 self.hung_up.wait(20)
+
+    def _drip(self, line, data):
+        try:
+            for at in range(0, len(data), 100):
+                line.sendall(data[at:at + 100])
+                if self.hung_up.wait(0.5):
+                    break
+        except OSError:
+            pass
 
     def _watch(self, line):
         try:
@@ -115,6 +128,68 @@ def test_who_is_asked_second_and_is_wrong_spoils_nothing_for_good(fetchers):
     assert outcome(fetchers).error is None and content(fetchers) == DATA
     for peer in (first, wrong, right):
         peer.close()
+
+
+def test_who_drips_does_not_keep_a_thread_for_long(fetchers):
+    drip, began = Peer(FRAMED, drips=True), time.monotonic()
+    fetchers.put(drip.order())
+    found = outcome(fetchers, 15)
+    assert isinstance(found.error, dfly.TimedOut) and time.monotonic() - began < 2 * dfly.PEER_SILENCE_S
+    drip.close()
+
+
+def wait_until_newest(fetchers, order, limit_s=5.0):
+    """Wait until the fetch of `order` is the newest of its piece."""
+    end = time.monotonic() + limit_s
+    while fetchers._claims[order.num]._order is not order and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_a_piece_that_another_takes_over_before_it_is_declared_right_is_not_said_to_be_here(fetchers):
+    right, wrong, store = Peer(FRAMED), Peer(b"\xff" * len(FRAMED)), fetchers.store
+    digesting, go_on, digest = threading.Event(), threading.Event(), store.digest
+
+    def slow(*args):
+        found = digest(*args)
+        if not digesting.is_set():
+            digesting.set()
+            go_on.wait(10)
+        return found
+    store.digest = slow
+    fetchers.put(right.order())
+    assert digesting.wait(5)
+    order = wrong.order()
+    fetchers.put(order)
+    wait_until_newest(fetchers, order)
+    go_on.set()
+    found = {one.order.port: one.error for one in (outcome(fetchers), outcome(fetchers))}
+    assert isinstance(found[wrong.port], dfly.WrongBytes) and not store.have
+    assert isinstance(found[right.port], dfly._Superseded), "the supernode would never hand it out again"
+    right.close()
+    wrong.close()
+
+
+def test_nobody_writes_over_a_piece_that_is_declared_right_just_now(fetchers):
+    right, wrong, store = Peer(FRAMED), Peer(b"\xff" * len(FRAMED)), fetchers.store
+    sealing, go_on, seal_piece = threading.Event(), threading.Event(), store.seal_piece
+
+    def slow(*args, **how):
+        sealing.set()
+        go_on.wait(10)
+        seal_piece(*args, **how)
+    store.seal_piece = slow
+    fetchers.put(right.order())
+    assert sealing.wait(5)
+    order = wrong.order()
+    fetchers.put(order)
+    wait_until_newest(fetchers, order)
+    time.sleep(0.1)  # it would write now
+    go_on.set()
+    found = {one.order.port: one.error for one in (outcome(fetchers), outcome(fetchers))}
+    assert found[right.port] is None and isinstance(found[wrong.port], dfly._Superseded)
+    assert store.complete and content(fetchers) == DATA
+    right.close()
+    wrong.close()
 
 
 @pytest.mark.parametrize("cut", [0, 3, 4, 5, 70000, len(FRAMED) - 1])

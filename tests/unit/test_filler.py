@@ -1,6 +1,10 @@
 """Section 11: what a Filler asks an origin for, and when it waits."""
 import os
+import random
+import socket
 import sys
+import threading
+import time
 
 import pytest
 
@@ -20,12 +24,12 @@ def station():
         yield station
 
 
-def half_full(folder, version):
+def half_full(folder, version, data=DATA, size=SIZE):
     """A store that has every second piece, as a swarm leaves it."""
-    store = dfly.TaskFile.create(folder + "/data", folder + "/journal", {"task": "t", "version": version}, len(DATA), SIZE)
-    for num in range(1, COUNT, 2):
+    store = dfly.TaskFile.create(folder + "/data", folder + "/journal", {"task": "t", "version": version}, len(data), size)
+    for num in range(1, store.layout.count, 2):
         at, length = store.layout.content_range(num)
-        store.write(at, DATA[at:at + length])
+        store.write(at, data[at:at + length])
         store.seal_piece(num, store.digest(num, length))
     return store
 
@@ -68,6 +72,75 @@ def test_gaps_are_filled_one_by_one_without_a_pause(station, tmp_path):
         assert file.read() == DATA
     assert [r.range for r in station.requests("f")][0] == "bytes=0-%d" % (SIZE - 6) and len(station.requests("f")) == 5
     store.close()
+
+
+class Crumbs:
+    """An origin that knows no ranges, sends its file in small parts, `pause_s` between them, and leaves the connection open."""
+
+    def __init__(self, data, sizes, pause_s=0.0005):
+        self._data, self._sizes, self._pause_s = data, sizes, pause_s
+        self._listener = socket.socket()
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen(5)
+        self.url = "http://127.0.0.1:%d/f" % self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self):
+        line, at, rng = self._listener.accept()[0], 0, random.Random(4)
+        with line:
+            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            line.recv(1 << 16)
+            line.sendall(b"HTTP/1.1 200 OK\r\nETag: \"x\"\r\nContent-Length: %d\r\n\r\n" % len(self._data))
+            try:
+                while at < len(self._data):
+                    size = rng.choice(self._sizes)
+                    line.sendall(self._data[at:at + size])
+                    at += size
+                    time.sleep(self._pause_s)
+                line.recv(1)  # it is the other end that hangs up
+            except OSError:
+                pass
+
+    def close(self):
+        self._thread.join()
+        self._listener.close()
+
+
+def test_what_is_here_is_read_over_and_what_is_behind_it_is_whole(tmp_path):
+    size = 1 << 18
+    data = blob(12 * (size - 5) - 100)
+    crumbs = Crumbs(data, [1448, 3000, 20000, 5000])
+    origin = dfly.Origin(crumbs.url, timeout_s=5.0)
+    reply = origin.open()
+    store, began = half_full(str(tmp_path), reply.version, data, size), time.monotonic()
+    dfly.Filler(origin, store, dfly.TokenBucket(), lambda num: None).fill(reply)
+    assert store.complete and time.monotonic() - began < 5.0, "it waited for bytes that do not come"
+    with open(store.data, "rb") as file:
+        assert file.read() == data
+    store.close()
+    crumbs.close()
+
+
+def test_a_slow_origin_is_seen_to_send(tmp_path):
+    """Not only when a quarter of a MiB has come."""
+    data = blob(40000)
+    crumbs = Crumbs(data, [500], pause_s=0.05)  # 10 KB/s
+    origin = dfly.Origin(crumbs.url)
+    reply = origin.open()
+    store = dfly.TaskFile.create(str(tmp_path / "data"), str(tmp_path / "journal"), {"task": "t", "version": reply.version}, len(data), 1 << 18)
+    filler = dfly.Filler(origin, store, dfly.TokenBucket(), lambda num: None)
+    thread = threading.Thread(target=filler.fill, args=(reply,))
+    thread.start()
+    came, changed, longest = 0, time.monotonic(), 0.0
+    while thread.is_alive():
+        thread.join(0.05)
+        longest = max(longest, time.monotonic() - changed)
+        if filler.read_bytes != came:
+            came, changed = filler.read_bytes, time.monotonic()
+    assert store.complete and longest < 2.5
+    store.close()
+    crumbs.close()
 
 
 def slept(answers, stopped=lambda: False):

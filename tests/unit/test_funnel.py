@@ -3,9 +3,12 @@ import errno
 import hashlib
 import os
 import random
+import resource
+import signal
 import socket
 import subprocess
 import threading
+import time
 
 import dfly
 import pytest
@@ -185,6 +188,59 @@ def test_where_sockets_can_not_be_spliced_the_buffer_takes_over(funnel, ends, ta
     assert os.pread(target, 2000, 0) == DATA[:1000]
 
 
+def test_a_process_that_may_open_no_more_files_takes_the_buffer(ends, target):
+    link, other = ends
+    other.sendall(DATA[:1000])
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1, before[1]))
+    try:
+        funnel = dfly.Funnel(1 << 16)
+        assert link.pour(funnel, target, 0, 1000) == (1000, None) and not funnel.splices
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert os.pread(target, 2000, 0) == DATA[:1000]
+
+
+def test_a_call_ends_while_the_bytes_still_come(funnel, ends, target):
+    link, other = ends
+    other.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    link.set_timeout(0.5)
+    stop = threading.Event()
+
+    def drip():
+        while not stop.wait(0.1):
+            other.send(b"x" * 10)
+    thread = threading.Thread(target=drip)
+    thread.start()
+    began = time.monotonic()
+    done, wrong = link.pour(funnel, target, 0, 1 << 16)
+    stop.set()
+    thread.join()
+    assert 0 < done < 300 and not wrong and time.monotonic() - began < 3
+
+
+class _Signalled(Exception):
+    pass
+
+
+def test_a_signal_is_heard_while_nothing_comes(funnel, ends, target):
+    def hear(*_):
+        raise _Signalled()
+    link, other = ends
+    link.set_timeout(20)
+    before = signal.signal(signal.SIGALRM, hear)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        began = time.monotonic()
+        with pytest.raises(_Signalled):
+            link.pour(funnel, target, 0, 1000)
+        assert time.monotonic() - began < 5
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    other.sendall(DATA[:1000])
+    assert link.pour(funnel, target, 0, 1000) == (1000, None) and os.pread(target, 2000, 0) == DATA[:1000]
+
+
 def test_many_threads_get_the_digests_of_their_own_pieces(tmp_path):
     path = str(tmp_path / "file")
     with open(path, "wb") as file:
@@ -213,6 +269,7 @@ def test_one_thread_s_unreadable_file_is_no_trouble_of_the_others(tmp_path):
     with open(path, "wb") as file:
         file.write(DATA)
     good, bad = os.open(path, os.O_RDONLY), os.open(path, os.O_WRONLY)
+    gone = -1  # as a store has it that has been let go of
 
     def ask(fd):
         for _ in range(50):
@@ -221,7 +278,7 @@ def test_one_thread_s_unreadable_file_is_no_trouble_of_the_others(tmp_path):
             except OSError as error:
                 found.append((fd, error.errno))
 
-    threads = [threading.Thread(target=ask, args=(fd,)) for fd in (good, bad, good, bad)]
+    threads = [threading.Thread(target=ask, args=(fd,)) for fd in (good, bad, good, gone)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -229,4 +286,4 @@ def test_one_thread_s_unreadable_file_is_no_trouble_of_the_others(tmp_path):
     os.close(good)
     os.close(bad)
     right = hashlib.sha256(DATA[:100000]).digest()
-    assert sorted(set(found), key=str) == sorted({(good, right), (bad, errno.EBADF)}, key=str) and len(found) == 200
+    assert set(found) == {(good, right), (bad, errno.EBADF), (gone, errno.EBADF)} and len(found) == 200
