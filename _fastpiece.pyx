@@ -24,7 +24,9 @@ cdef extern from *:
     #include <stdint.h>
     #include <stdlib.h>
     #include <string.h>
+    #include <sys/mman.h>
     #include <sys/socket.h>
+    #include <sys/stat.h>
     #include <time.h>
     #include <unistd.h>
 
@@ -269,6 +271,7 @@ cdef extern from *:
 
     #define MOST 32
     #define CHUNK 512  /* blocks of a file that a lane reads at once: all lanes' chunks stay in the second cache */
+    #define WINDOW 16384  /* or looks at where they lie: that is memory of ours as long as it lasts */
 
     typedef struct {
         const uint8_t *head, *data, *tail;  /* the caller's bytes, */
@@ -277,6 +280,8 @@ cdef extern from *:
         off_t offset;
         size_t unread;                      /* blocks */
         int fault;                          /* errno, or -1 where the file ends too early */
+        void *window;                       /* what is mapped of the file just now, or NULL */
+        size_t window_size;
         const uint8_t *at[3];               /* what is put together here, the caller's bytes, what is put together at the end */
         size_t blocks[3];
         uint8_t first[64], last[128];
@@ -326,14 +331,41 @@ cdef extern from *:
         for (int i = 0; i < 8; i++) end[big ? 7 - i : i] = (uint8_t)((uint64_t)total * 8 >> 8 * i);
     }
 
-    /* Read the next blocks of a file. */
+    static void close_window(message *m) {
+        if (m->window) munmap(m->window, m->window_size);
+        m->window = NULL;
+    }
+
+    /* Map the next blocks of a file; return where they are, NULL where they had better be read: only that says what is wrong with them. */
+    static const uint8_t *open_window(message *m, size_t blocks) {
+    #ifdef MADV_POPULATE_READ
+        struct stat about;
+        size_t before = (size_t)m->offset % (size_t)sysconf(_SC_PAGESIZE);
+        if (fstat(m->fd, &about) || about.st_size < m->offset + (off_t)(64 * blocks)) return NULL;
+        m->window_size = before + 64 * blocks;
+        m->window = mmap(NULL, m->window_size, PROT_READ, MAP_SHARED, m->fd, m->offset - (off_t)before);
+        if (m->window == MAP_FAILED) m->window = NULL;
+        if (m->window && madvise(m->window, m->window_size, MADV_POPULATE_READ)) close_window(m);
+        if (m->window) return (const uint8_t *)m->window + before;
+    #else
+        (void)m; (void)blocks;
+    #endif
+        return NULL;
+    }
+
+    /* Get at the next blocks of a file. */
     static void refill(message *m, uint8_t *chunk) {
-        size_t blocks = m->unread < CHUNK ? m->unread : CHUNK;
-        copy(m, 0, 64 * blocks, chunk);
+        size_t blocks = m->unread < WINDOW ? m->unread : WINDOW;
+        close_window(m);
+        m->at[1] = blocks > CHUNK ? open_window(m, blocks) : NULL;
+        if (!m->at[1]) {
+            blocks = blocks < CHUNK ? blocks : CHUNK;
+            copy(m, 0, 64 * blocks, chunk);
+            m->at[1] = chunk;
+        }
         if (m->fault) { m->unread = 0; return; }
         m->offset += (off_t)(64 * blocks);
         m->unread -= blocks;
-        m->at[1] = chunk;
         m->blocks[1] = blocks;
     }
 
@@ -358,6 +390,7 @@ cdef extern from *:
                 }
                 if (run[l] == 3) {
                     if (owner[l] < count) {
+                        close_window(&m[owner[l]]);
                         for (int i = 0; i < words; i++)
                             for (int k = 0; k < 4; k++)
                                 out[owner[l] * 4 * words + 4 * i + k] = (uint8_t)(state[i * lanes + l] >> 8 * (big ? 3 - k : k));
@@ -480,7 +513,7 @@ LANES = _names[_best]
 _own = bool(has_sha())  # whether the processor, and so hashlib, has instructions for SHA-256,
 _unit = unit.sha256[0] != NULL and LANES != os.environ.get("DFLY_LANES")  # and whether they are in use here
 #: From how many messages on it is faster than one after the other by hashlib; what has instructions of its own is hard to beat by vectors.
-WORTH = {"md5": 2, "sha256": 2 if _unit else (10 if LANES == "avx512" else 1 << 30) if _own else 3 if LANES == "avx512" else 6}
+WORTH = {"md5": 2, "sha256": 1 if _unit else (10 if LANES == "avx512" else 1 << 30) if _own else 3 if LANES == "avx512" else 6}
 
 
 def digest_many(str kind, list messages, str lanes=""):
