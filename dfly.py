@@ -3928,10 +3928,11 @@ class Filler:
 
         Raises SourceError and its kin, NoSpace, CannotWrite, Stalled when told to stop.
         """
-        self._threads = [threading.Thread(target=self._hand, name="dfly-fill-%d" % i, daemon=True) for i in range(self.HANDS)]
-        for thread in self._threads:
-            thread.start()
         try:
+            for i in range(self.HANDS):
+                thread = threading.Thread(target=self._hand, name="dfly-fill-%d" % i, daemon=True)
+                thread.start()  # where there may be no more threads, none of them is left behind
+                self._threads.append(thread)
             self._fill(first)
         finally:
             for _ in self._threads:
@@ -7776,7 +7777,7 @@ PEER_LEAST = 1024.0  # bytes/s, of a peer that is not silent
 SEED_SILENCE_S = 30.0  # from a supernode, which holds a request until the origin has sent that far
 UNNAMED = "unnamed"  # version of a file from an old supernode, whose digest of the whole file decides in the end
 STALL_S = 5.0  # without a byte, before the reason is printed
-CHUNK = 1 << 18  # bytes received and digested at once: they are still in the cache when they are written
+CHUNK = 1 << 18  # bytes received at once
 
 
 class Order(NamedTuple):
@@ -8058,7 +8059,7 @@ class Fetchers:
         """
         offset, left = order.num * self._store.layout.stride, self._length_of(order)
         waited, came = 0.0, 0  # seconds spent on reading, and bytes read, since its pace was last looked at
-        while left:
+        while left > 0:
             behind = (0 if order.plain else 1) + left if not reply.stream else reply.left or 0
             most = self._bucket.chunk(min(left, self._watch_pace(order, link, reply, behind)))
             self._bucket.take(0)
@@ -8556,6 +8557,8 @@ class PullLine:
             start, end = map(int, range_text.split("-"))
             if self._registration.length is not None:
                 end = min(end, self._registration.length - 1)
+            if end < start - 1:  # nothing at all is right where the file is empty
+                raise ValueError(range_text)
             return Order(num, str(piece["cid"]), parts.hostname or str(piece["peerIp"]), parts.port or int(piece["peerPort"] or 80), path, "",
                          "%d-%d" % (start, end), plain=True)
         digest = str(piece["pieceMd5"])

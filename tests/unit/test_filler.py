@@ -143,6 +143,23 @@ def test_a_slow_origin_is_seen_to_send(tmp_path):
     crumbs.close()
 
 
+def test_where_no_more_threads_may_be_none_is_left_behind(station, tmp_path, monkeypatch):
+    start, before = threading.Thread.start, threading.active_count()
+
+    def limited(thread):
+        if thread.name == "dfly-fill-2":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+    store = dfly.TaskFile.create(str(tmp_path / "data"), str(tmp_path / "journal"), {"task": "t", "version": ""}, len(DATA), SIZE)
+    filler = dfly.Filler(dfly.Origin(station.put("f", DATA)), store, dfly.TokenBucket(), lambda num: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", limited)
+        with pytest.raises(RuntimeError):
+            filler.fill()
+    assert threading.active_count() == before and not filler._funnel.splices
+    store.close()
+
+
 def slept(answers, stopped=lambda: False):
     """Let a Patience meet these (status, Retry-After); return the pauses that it made, and the error that was too much or None."""
     pauses = []

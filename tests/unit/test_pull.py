@@ -3,6 +3,8 @@ import json
 import os
 import sys
 
+import pytest
+
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 import dfly  # noqa: E402
@@ -50,3 +52,16 @@ def test_of_two_pieces_that_end_at_once_both_are_reported():
         if not line.finished:
             line.step([], 0.0)
     assert line.finished and line._pool.reported == ["0-4", "5-9"]
+
+
+@pytest.mark.parametrize("text, right", [("0-9", True), ("5-4", True), ("9-3", False), ("20-29", False)])
+def test_a_range_that_ends_before_it_begins_is_no_order(text, right):
+    """Its bytes would be written over those of other pieces."""
+    registration = dfly.Registration(dfly.Node("127.0.0.1", 1), "t" * 64, 10, 10, True, "", None, False)
+    line = dfly.PullLine(registration, "cid", Fetchers(), Store())
+    piece = {"pieceNum": 0, "range": text, "path": "http://127.0.0.1:1/f", "cid": "x", "peerIp": "127.0.0.1", "peerPort": 1, "pieceMd5": ""}
+    try:
+        assert line._order(piece).plain and right
+    except ValueError:
+        assert not right
+    line.close()
