@@ -920,25 +920,19 @@ class Funnel:
     """Brings bytes from sockets into files, for one thread: by a pipe, where it can do that, so that they never come into this process
     (Linux; the accelerator, or Python 3.10), else through its buffer."""
 
-    PIPE_BYTES = 1 << 20
+    PIPE_BYTES = 1 << 19  # a user's pipes may have 64 MB in all
 
     def __init__(self, size: int) -> None:
         self.buffer = memoryview(bytearray(size))  # for bytes that have to be looked at, too
-        self._pipe = None  # type: Optional[Tuple[int, int]]
-        if LANES or hasattr(os, "splice"):
-            self._lay_pipe()
+        self.splices = bool(LANES or hasattr(os, "splice"))  # as far as is known yet
+        self._pipe = None  # type: Optional[Tuple[int, int]]  # once it is needed
 
     def _lay_pipe(self) -> None:
         try:
             self._pipe = os.pipe()
             fcntl.fcntl(self._pipe[1], 1031, self.PIPE_BYTES)  # F_SETPIPE_SZ; else a network's small segments fill it soon
         except OSError:  # this process has too many files, or this user too many pipes
-            pass
-
-    @property
-    def splices(self) -> bool:
-        """Whether it has a pipe."""
-        return self._pipe is not None
+            self.splices = self._pipe is not None
 
     def splice(self, sock: socket.socket, fd: int, offset: int, count: int, heap: int = 0, behind: int = 0) -> Tuple[int, int, Optional[OSError]]:
         """Bring `count` bytes, as far as they come, from a blocking socket into a file; `heap` and `behind` as in splice_all.
@@ -946,18 +940,19 @@ class Funnel:
         Returns how many, the errno at the socket (0 for none, also at its end), and what is wrong with the file.  Who finds that it no
         longer `splices` takes the buffer.
         """
-        assert self._pipe
+        if not self._pipe:
+            self._lay_pipe()
+        if not self._pipe:
+            return 0, 0, None
         got, put, fault, file_fault = splice_all(sock, self._pipe, fd, offset, count, heap, behind)
         if fault in (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP) and not got:  # a sandbox, say
-            self.close()
+            self.splices = False
         if not file_fault:
             return put, fault, None
         wrong = OSError(file_fault, os.strerror(file_fault))  # type: Optional[OSError]
         if file_fault == errno.EINVAL:  # a file system that takes nothing from pipes
-            wrong = self._rescue(fd, offset + put, got - put)
-        self.close()
-        if wrong:
-            self._lay_pipe()  # there are bytes in the old one
+            self.splices, wrong = False, self._rescue(fd, offset + put, got - put)
+        self.close()  # there may still be bytes in it
         return put if wrong else got, fault, wrong
 
     def _rescue(self, fd: int, offset: int, left: int) -> Optional[OSError]:

@@ -156,7 +156,7 @@ def test_where_no_more_threads_may_be_none_is_left_behind(station, tmp_path, mon
         patch.setattr(threading.Thread, "start", limited)
         with pytest.raises(RuntimeError):
             filler.fill()
-    assert threading.active_count() == before and not filler._funnel.splices
+    assert threading.active_count() == before and filler._funnel._pipe is None
     store.close()
 
 
