@@ -2398,6 +2398,8 @@ class Reply:
 class HttpLink:
     """One connection to a server, kept alive.  Used by one thread at a time."""
 
+    HEAP_TO_SPLICE = 1 << 16  # bytes; of smaller heaps, on slow links, many would have to move for each piece: 2 % of a swarm's time
+
     def __init__(self, host: str, port: int, timeout_s: float = 10.0, connect_s: float = 3.0,
                  sock: Optional[socket.socket] = None, ahead: bytes = b"") -> None:
         self.host, self.port = host, port
@@ -2489,7 +2491,7 @@ class HttpLink:
 
     def pour(self, funnel: Funnel, fd: int, offset: int, count: int, behind: int = 0) -> Tuple[int, Optional[OSError]]:
         """As `receive`, but into a file; what is wrong with that is returned."""
-        if self._ahead or not funnel.splices:
+        if self._ahead or not funnel.splices or 0 < self._heap_most < self.HEAP_TO_SPLICE:
             return funnel.put(fd, offset, self.receive(funnel.buffer[:count], behind))
         done, fault, wrong = funnel.splice(self.sock, fd, offset, count, self._heap_most, behind)
         self._heap = 0 if self._heap_most else self._heap

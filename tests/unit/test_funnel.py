@@ -80,7 +80,7 @@ def pour_all(link, funnel, fd, offset, total, step, behind=0):
 def test_what_is_sent_is_in_the_file(funnel, ends, target, step, heap):
     link, other = ends
     if heap:
-        link.keep_short(1e6)
+        link.keep_short(1e7)
     other.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sender = send(other, DATA, [1, 70000, 1448, 3])
     assert pour_all(link, funnel, target, 5, len(DATA) - 10, step, behind=10) == len(DATA) - 10
@@ -118,7 +118,7 @@ def test_the_end_of_a_connection_ends_it(funnel, ends, target):
 def test_silence_has_a_limit_and_what_came_before_it_is_kept(funnel, ends, target, heap):
     link, other = ends
     if heap:
-        link.keep_short(1e6)
+        link.keep_short(1e7)
     link.set_timeout(0.3)
     other.sendall(DATA[:1000])
     assert link.pour(funnel, target, 0, 5000, 1 << 20) == (1000, None)
