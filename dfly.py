@@ -3904,8 +3904,8 @@ class Filler:
     """
 
     CHUNK = 1 << 18  # bytes read at once
-    HANDS = 4  # threads behind the reader, so that there are two pieces to digest at once
-    BEHIND = 16  # pieces that wait for them at most
+    HANDS = 3  # threads behind the reader, so that there are two pieces to digest at once
+    BEHIND = 1  # pieces that wait for them at most: what is written and not digested is lost to a kill
 
     def __init__(self, origin: Origin, store: TaskFile, bucket: TokenBucket, on_piece: Callable[[int], None],
                  on_length: Callable[[], None] = lambda: None, stopped: Callable[[], bool] = lambda: False,
