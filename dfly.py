@@ -2731,7 +2731,7 @@ class TaskFile:
         self.layout = Layout(length, piece_size)
         self.have = 0  # bit mask of the pieces that are here and true
         self.reread = 0  # mask of those that were read back from the file after they were written
-        self.on_piece = None  # type: Optional[Callable[[], None]]  # told of each
+        self.on_news = None  # type: Optional[Callable[[], None]]  # told of each piece, and of the length
         self._lock = threading.Lock()
         self._seals = {}  # type: Dict[int, Seal]
         self._md5s = {}  # type: Dict[int, str]
@@ -2915,6 +2915,8 @@ class TaskFile:
                 return
             self.layout = Layout(length, self.layout.size)
             self._append_locked(self._line("length %d" % length))
+        if self.on_news:
+            self.on_news()
 
     def reserve(self) -> bool:
         """Have the disk keep room for the whole file; return whether it can.  Raises NoSpace, CannotWrite."""
@@ -2963,10 +2965,15 @@ class TaskFile:
 
     def wrapped_digest(self, num: int, length: int) -> str:
         """Return `<md5>:<len>` of the same, wrapped.  Raises NoMd5, CannotRead.  Wire: 3.2"""
-        message = piece_head(length, self.layout.size), (self._fd, num * self.layout.stride, length), TAIL
+        return self._wrapped_digests([(num, length)])[0]
+
+    def _wrapped_digests(self, pieces: List[Tuple[int, int]]) -> List[str]:
+        """Return those of pieces, each (number, length), digested together."""
+        layout = self.layout
+        messages = [(piece_head(length, layout.size), (self._fd, num * layout.stride, length), TAIL) for num, length in pieces]
         try:
-            return "%s:%d" % (self._whole(digest_many("md5", [message])[0]).hex(), length + WRAP)
-        except OSError as error:
+            return ["%s:%d" % (self._whole(digest).hex(), length + WRAP) for digest, (_, length) in zip(digest_many("md5", messages), pieces)]
+        except OSError as error:  # also when the file has been let go of meanwhile
             raise CannotRead("%s: %s" % (self.data, error.strerror))
 
     def _whole(self, digest: bytes) -> bytes:
@@ -2982,8 +2989,8 @@ class TaskFile:
             self._md5s.pop(num, None)
             self.have |= 1 << num
             self.reread = self.reread & ~(1 << num) | reread << num
-        if self.on_piece:
-            self.on_piece()
+        if self.on_news:
+            self.on_news()
 
     def drop(self, nums: List[int]) -> None:
         """Forget pieces that turned out to be wrong.  Raises CannotWrite."""
@@ -3052,13 +3059,7 @@ class TaskFile:
         if num not in self._md5s:
             nums, most = [num], min(self.MD5S, (64 << 20) // self.layout.size) if LANES else 1  # one after the other there is nothing to win
             nums += [other for other in range(num + 1, num + most) if self.have >> other & 1 and other not in self._md5s]
-            spans = [(self._fd,) + self.layout.content_range(other) for other in nums]
-            try:
-                digests = digest_many("md5", [(self.layout.head(other), span, TAIL) for other, span in zip(nums, spans)])
-            except OSError as error:
-                raise CannotRead("%s: %s" % (self.data, error.strerror))
-            for other, span, digest in zip(nums, spans, digests):
-                self._md5s[other] = "%s:%d" % (self._whole(digest).hex(), span[2] + WRAP)
+            self._md5s.update(zip(nums, self._wrapped_digests([(other, self.layout.content_range(other)[1]) for other in nums])))
         return self._md5s[num]
 
     def wrapped_body(self, start: int, end: int) -> List[Any]:
@@ -3193,7 +3194,7 @@ class ReadAlong:
             self._spans += [span for span in store.plain_body(0, 1) if isinstance(span, FileSpan)]
             self._store, self._passed, self._length = store, 0, None
             self._changed.notify_all()
-        store.on_piece = self._news.set
+        store.on_news = self._news.set
         self._news.set()
 
     def fail(self, error: DflyError) -> None:
@@ -3222,7 +3223,7 @@ class ReadAlong:
                         self._judge_locked(digest.hexdigest())
                 self._changed.notify_all()
             if not (count or self.over):
-                self._news.wait(0.1)  # nobody says so when its length becomes known
+                self._news.wait(1.0)
 
     def _next(self, store: Optional[TaskFile], at: int, buffer: Any) -> int:
         """Fill a buffer with the next bytes of the file; return how many, 0 while they are not here."""

@@ -33,8 +33,8 @@ def resume(world, origin, node, data):
 
 
 def compressed(world, origin, node):
-    """What shrinks takes fewer bytes where a limit makes the link slow."""
-    data, before = b"".join(b"%08d a line of a log\n" % i for i in range(4 * MB // 27)), node.bytes_sent()
+    """What shrinks takes fewer bytes where a limit makes the link slow; the first two MB are under way before anybody knows that it is."""
+    data, before = b"".join(b"%08d a line of a log\n" % i for i in range(8 * MB // 27)), node.bytes_sent()
     good(world.host().get(origin.put("log", data), "-s", "1M"), data)
     assert node.bytes_sent() - before < 0.7 * len(data), node.metrics()
 

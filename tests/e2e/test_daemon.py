@@ -45,7 +45,7 @@ def test_a_blob_leaves_the_registry_once_for_all_hosts(origin, supernode, host, 
         answer = whole(here.daemon(base(origin)).ask(path), data)
         assert answer.headers["docker-content-digest"] == "sha256:" + sha256(data)
         assert answer.headers["accept-ranges"] == "bytes"
-    assert origin.gets(path[1:]) == 1 or size == 5, "one of which the first bytes are all is no matter for the swarm"
+    assert origin.gets(path[1:]) in ((0, 1) if size == 5 else (1,)), "one of which the first bytes are all is no matter for the swarm"
     assert origin.openings(path[1:]) == 3, "each host asks once whether it may have it"
     if size > MB:
         assert node.bytes_sent() < 2.2 * size  # the other hosts gave the rest

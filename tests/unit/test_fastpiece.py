@@ -160,3 +160,8 @@ def test_a_build_with_sanitizers_finds_nothing(tmp_path):
         done = subprocess.run([sys.executable, "-c", CHECK, "2", "12"], cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               env=dict(os.environ, DFLY_LANES=width, LD_PRELOAD=":".join(libraries), ASAN_OPTIONS="detect_leaks=0"))
         assert done.returncode == 0, done.stdout.decode()
+    for name in (os.path.join(ROOT, "dfly.py"), os.path.join(ROOT, "tests", "unit", "test_funnel.py")):
+        shutil.copy(name, str(tmp_path))
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_funnel.py"], cwd=str(tmp_path), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env=dict(os.environ, LD_PRELOAD=":".join(libraries), ASAN_OPTIONS="detect_leaks=0"))
+    assert done.returncode == 0, done.stdout.decode()

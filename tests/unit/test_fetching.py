@@ -146,22 +146,51 @@ def test_who_drips_does_not_keep_a_thread_for_long(fetchers):
     drip.close()
 
 
-def test_a_piece_that_another_takes_over_before_it_is_declared_right_is_not_said_to_be_here(fetchers):
-    right, wrong, store = Peer(FRAMED), Peer(b"\xff" * len(FRAMED)), fetchers.store
-    digesting, go_on, digest = threading.Event(), threading.Event(), store.digest
+def held_up(function, before):
+    """Return what says that a function was called for the first time, what lets that call go on, and the function, held up so before or
+    behind what it does."""
+    called, go_on = threading.Event(), threading.Event()
 
-    def slow(*args):
-        found = digest(*args)
-        if not digesting.is_set():
-            digesting.set()
+    def slow(*args, **how):
+        first = not called.is_set()
+        found = None if before else function(*args, **how)
+        called.set()
+        if first:
             go_on.wait(10)
-        return found
-    store.digest = slow
+        return function(*args, **how) if before else found
+    return called, go_on, slow
+
+
+class Door:
+    """A lock that says when somebody comes to it."""
+
+    def __init__(self, lock):
+        self._lock, self.knocked = lock, threading.Event()
+
+    def __enter__(self):
+        self.knocked.set()
+        self._lock.acquire()
+
+    def __exit__(self, *_):
+        self._lock.release()
+
+
+def overtaken(fetchers, held, door=lambda lock: lock):
+    """Fetch a piece from a peer, wait until that is held up, have another one with wrong bytes take it over; return both peers."""
+    right, wrong = Peer(FRAMED), Peer(b"\xff" * len(FRAMED))
     fetchers.put(right.order())
-    assert digesting.wait(5)
+    assert held.wait(5)
+    fetchers._claims[0].writing = door(fetchers._claims[0].writing)
     order = wrong.order()
     fetchers.put(order)
     wait_until_newest(fetchers, order)
+    return right, wrong
+
+
+def test_a_piece_that_another_takes_over_before_it_is_declared_right_is_not_said_to_be_here(fetchers):
+    store = fetchers.store
+    digesting, go_on, store.digest = held_up(store.digest, before=False)
+    right, wrong = overtaken(fetchers, digesting)
     go_on.set()
     found = {one.order.port: one.error for one in (outcome(fetchers), outcome(fetchers))}
     assert isinstance(found[wrong.port], dfly.WrongBytes) and not store.have
@@ -171,20 +200,10 @@ def test_a_piece_that_another_takes_over_before_it_is_declared_right_is_not_said
 
 
 def test_nobody_writes_over_a_piece_that_is_declared_right_just_now(fetchers):
-    right, wrong, store = Peer(FRAMED), Peer(b"\xff" * len(FRAMED)), fetchers.store
-    sealing, go_on, seal_piece = threading.Event(), threading.Event(), store.seal_piece
-
-    def slow(*args, **how):
-        sealing.set()
-        go_on.wait(10)
-        seal_piece(*args, **how)
-    store.seal_piece = slow
-    fetchers.put(right.order())
-    assert sealing.wait(5)
-    order = wrong.order()
-    fetchers.put(order)
-    wait_until_newest(fetchers, order)
-    time.sleep(0.1)  # it would write now
+    store = fetchers.store
+    sealing, go_on, store.seal_piece = held_up(store.seal_piece, before=True)
+    right, wrong = overtaken(fetchers, sealing, Door)
+    assert fetchers._claims[0].writing.knocked.wait(5), "it would write now"
     go_on.set()
     found = {one.order.port: one.error for one in (outcome(fetchers), outcome(fetchers))}
     assert found[right.port] is None and isinstance(found[wrong.port], dfly._Superseded)
